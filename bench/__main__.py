@@ -1,0 +1,25 @@
+"""``python -m bench COMMAND``; see ``--help``."""
+
+import argparse
+import sys
+
+from bench import op, report, unet
+from fastsd.cli import run_safely
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: the three commands with their options."""
+    top = argparse.ArgumentParser(prog="bench", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in (unet, op, report):
+        command.add_parser(commands).set_defaults(run=command.run)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 1 when a result broke the contract or a step failed, 2 for a request that cannot be served."""
+    return run_safely(parser().parse_args(arguments), "bench")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

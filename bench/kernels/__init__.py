@@ -1,0 +1,6 @@
+"""One file per op, ``bench_<op>.py``: the shapes it is timed at, and what it replaces.
+
+Such a file has ``CASES``, a mapping with the names of the calls; ``sample(name, device, dtype)``, which makes the
+arguments of one; ``eager(**arguments)``, the plain PyTorch that diffusers runs in the op's place; and
+``flops(**arguments)``, the arithmetic of one call.
+"""

@@ -1,0 +1,101 @@
+"""The ways to run one model that are compared: stock diffusers in its usual dresses, and fastsd."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fastsd
+from fastsd import models
+
+Call = Callable[[], Any]
+
+
+def _compiled(call: Call) -> Call:
+    return torch.compile(call)
+
+
+def _compiled_max(call: Call) -> Call:
+    return torch.compile(call, mode="max-autotune")
+
+
+def _captured(call: Call) -> Call:
+    """One CUDA graph of the whole call; every replay returns the same output tensors."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
+@dataclass(frozen=True)
+class Provider:
+    """How the model is laid out, whether fastsd patches it, and what goes around the call."""
+
+    channels_last: bool = False
+    patched: bool = False
+    around: Callable[[Call], Call] = lambda call: call
+    cuda_only: bool = False
+
+
+PROVIDERS: dict[str, Provider] = {
+    "eager": Provider(),
+    "channels_last": Provider(channels_last=True),
+    "compile": Provider(around=_compiled),
+    "compile-max": Provider(around=_compiled_max, cuda_only=True),
+    "cudagraph": Provider(around=_captured, cuda_only=True),
+    "fastsd": Provider(patched=True),
+    "fastsd-channels_last": Provider(patched=True, channels_last=True),
+    "fastsd-compile": Provider(patched=True, around=_compiled),
+    "fastsd-cudagraph": Provider(patched=True, around=_captured, cuda_only=True),
+    "fastsd-channels_last-cudagraph": Provider(patched=True, channels_last=True, around=_captured, cuda_only=True),
+}
+
+
+def check_providers(names: Sequence[str], device: torch.device) -> None:
+    """Raise ``ValueError`` for a name that is unknown or cannot run on ``device``."""
+    for name in names:
+        if name not in PROVIDERS:
+            raise ValueError(f"providers: expected some of {', '.join(PROVIDERS)}; got {name!r}")
+        if PROVIDERS[name].cuda_only and device.type != "cuda":
+            raise ValueError(f"providers: {name} needs a CUDA device; leave it out on {device}")
+
+
+def prepare(name: str, model: models.Model, inputs: dict[str, Any]) -> Call:
+    """The call that is timed. Each provider gets modules of its own; ``model`` is left as it is."""
+    provider = PROVIDERS[name]
+    own = twin(model, provider.channels_last)
+    if provider.channels_last:
+        inputs = {key: _channels_last(value) for key, value in inputs.items()}
+    if provider.patched:
+        fastsd.patch(own)
+    call = models.entry_point(own)
+    return provider.around(lambda: call(**inputs))
+
+
+def twin(model: models.Model, channels_last: bool = False) -> models.Model:
+    """A copy of the modules that shares the weights; in channels_last the kernels of convolutions are copied."""
+    shared: dict[int, Any] = {}
+    for weight in model.parameters():
+        is_kernel = channels_last and weight.dim() == 4
+        shared[id(weight)] = (
+            torch.nn.Parameter(_channels_last(weight.detach()), weight.requires_grad) if is_kernel else weight
+        )
+    return copy.deepcopy(model, shared)
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value

@@ -1,0 +1,275 @@
+// GroupNorm, then SiLU, on the CPU. Formula: kernels/fastsd_kernels/group_norm_silu/reference.py.
+//
+// Channels last: blocks of rows are reduced to per-channel moments in parallel, merged in a fixed order, and the
+// blocks are normalised in parallel. Channels first: a group is one contiguous piece, so one task does all of it
+// while it is in cache. How the work is cut depends on the shape alone, never on the number of threads, so that
+// any number of threads gives the same bits.
+
+#include "group_norm_silu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "elements.h"
+#include "isa.h"
+
+#define FASTSD_KERNEL "group_norm_silu_kernel.h"
+#include "foreach_isa.h"
+
+namespace fastsd {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlockBytes = 128 * 1024;      // a channels-last block is read twice: small against a core's L2
+constexpr int64_t kBlockMultiple = 8;            // blocks of a sample: spread evenly over 2, 4 or 8 threads
+constexpr int64_t kFewestRows = 16;              // of a block, or its own cost outweighs its rows
+constexpr int64_t kBlockLength = 8 * 1024;       // elements of a channels-first block, which is read twice from L1
+constexpr int64_t kElementsPerTask = 16 * 1024;  // less than this is not worth another thread
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Uninitialised floats on a cache line of their own, where full-width loads never straddle two.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(int64_t n) : lines_(new Line[ceil_div(n * int64_t(sizeof(float)), sizeof(Line))]) {}
+  float* data() { return lines_[0].values; }
+
+ private:
+  struct alignas(64) Line {
+    float values[16];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+
+template <typename T>
+Kernels<T> kernels_for(Isa isa, bool silu) {
+  switch (isa) {
+    case Isa::avx512:
+      return avx512::kernels<T>(silu);
+    case Isa::avx2:
+      return avx2::kernels<T>(silu);
+    default:
+      return baseline::kernels<T>(silu);
+  }
+}
+
+template <typename T>
+struct Problem {
+  // Channels below x_channels are x's, the others skip's.
+  const T *x, *skip;
+  T* y;
+  const float *weight, *bias, *channel_bias;  // [channels], [channels], [batch or 1, channels]; each may be null
+  int64_t channel_bias_stride;                // 0 where all samples share one row
+  int64_t batch, x_channels, channels, groups, space;
+  double eps;
+  Kernels<T> kernels;
+
+  int64_t group_size() const { return channels / groups; }
+
+  const float* shift_of(int64_t b, int64_t channel) const {
+    return channel_bias ? channel_bias + b * channel_bias_stride + channel : nullptr;
+  }
+
+  // What maps the channels [first, first + group_size) of a group with this mean and sum of squared deviations.
+  void map_group(int64_t b, int64_t first, double mean, double squares, Affine affine) const {
+    const float* shift = shift_of(b, first);
+    const double rstd = 1 / std::sqrt(squares / double(group_size() * space) + eps);
+    for (int64_t c = 0; c < group_size(); ++c) {
+      const double scale = rstd * (weight ? weight[first + c] : 1.0f);
+      const double center = mean - (shift ? shift[c] : 0.0f);
+      affine.center[c] = float(center);
+      affine.scale[c] = float(scale);
+      affine.offset[c] = float((bias ? bias[first + c] : 0.0f) - (center - double(float(center))) * scale);
+    }
+  }
+
+  // The same from mean and squared deviations of each channel, before the shift.
+  void fold_group(int64_t b, int64_t first, const double* mean, const double* squares, Affine affine) const {
+    const float* shift = shift_of(b, first);
+    double group_mean = 0, group_squares = 0;
+    for (int64_t c = 0; c < group_size(); ++c) group_mean += mean[c] + (shift ? shift[c] : 0.0f);
+    group_mean /= double(group_size());
+    for (int64_t c = 0; c < group_size(); ++c) {
+      const double off = mean[c] + (shift ? shift[c] : 0.0f) - group_mean;
+      group_squares += squares[c] + double(space) * off * off;
+    }
+    map_group(b, first, group_mean, group_squares, affine);
+  }
+
+  void run_channels_last() const {
+    const int64_t sample_bytes = space * channels * int64_t(sizeof(T));
+    const int64_t wanted = ceil_div(ceil_div(sample_bytes, kBlockBytes), kBlockMultiple) * kBlockMultiple;
+    const int64_t rows = std::min(space, std::max(ceil_div(space, wanted), kFewestRows)),
+                  blocks = ceil_div(space, rows);
+    const int64_t stride = 3 * channels, skip_channels = channels - x_channels;
+
+    AlignedFloats moments(batch * blocks * stride);
+    auto moments_of = [&](int64_t task) {
+      float* p = moments.data() + task * stride;
+      return Moments{p, p + channels, p + 2 * channels};
+    };
+    parallel_for(0, batch * blocks, ceil_div(kElementsPerTask, rows * channels), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / blocks, first = task % blocks * rows, n = std::min(rows, space - first);
+        const int64_t position = b * space + first;
+        kernels.channel_moments(x + position * x_channels, n, x_channels, moments_of(task));
+        if (skip_channels)
+          kernels.channel_moments(skip + position * skip_channels, n, skip_channels, moments_of(task).at(x_channels));
+      }
+    });
+
+    AlignedFloats affines(batch * stride);
+    auto affine_of = [&](int64_t b) {
+      float* p = affines.data() + b * stride;
+      return Affine{p, p + channels, p + 2 * channels};
+    };
+    parallel_for(0, batch, ceil_div(kElementsPerTask, blocks * channels), [&](int64_t begin, int64_t end) {
+      std::vector<double> mean(channels), squares(channels);
+      for (int64_t b = begin; b < end; ++b) {
+        kernels.merge_blocks(moments_of(b * blocks), stride, rows, space, channels, mean.data(), squares.data());
+        for (int64_t c = 0; c < channels; c += group_size())
+          fold_group(b, c, mean.data() + c, squares.data() + c, affine_of(b).at(c));
+      }
+    });
+
+    parallel_for(0, batch * space, ceil_div(kElementsPerTask, channels), [&](int64_t begin, int64_t end) {
+      for (int64_t position = begin; position < end;) {
+        const int64_t b = position / space, n = std::min(end, (b + 1) * space) - position;
+        T* out = y + position * channels;
+        kernels.normalise_rows(x + position * x_channels, out, n, x_channels, channels, affine_of(b));
+        if (skip_channels)
+          kernels.normalise_rows(skip + position * skip_channels, out + x_channels, n, skip_channels, channels,
+                                 affine_of(b).at(x_channels));
+        position += n;
+      }
+    });
+  }
+
+  const T* plane(int64_t b, int64_t c) const {
+    return c < x_channels ? x + (b * x_channels + c) * space
+                          : skip + (b * (channels - x_channels) + c - x_channels) * space;
+  }
+
+  // How many of the channels from c on, at most `most`, lie in one tensor.
+  int64_t in_one_tensor(int64_t c, int64_t most) const {
+    return c < x_channels ? std::min(most, x_channels - c) : most;
+  }
+
+  void group_moments(int64_t b, int64_t first, double* mean, double* squares) const {
+    double count = 0;
+    *mean = *squares = 0;
+    for (int64_t c = 0; c < group_size();) {
+      const int64_t planes = in_one_tensor(first + c, std::clamp<int64_t>(kBlockLength / space, 1, group_size() - c));
+      for (int64_t at = 0; at < space; at += kBlockLength) {
+        const int64_t n = std::min(kBlockLength, space - at);
+        double block_mean, block_squares;
+        kernels.plane_moments(plane(b, first + c) + at, planes, n, shift_of(b, first + c), &block_mean, &block_squares);
+        // Chan, Golub and LeVeque's update
+        const double block_count = double(planes * n), off = block_mean - *mean,
+                     share = block_count / (count + block_count);
+        *mean += off * share;
+        *squares += block_squares + off * off * count * share;
+        count += block_count;
+      }
+      c += planes;
+    }
+  }
+
+  void run_channels_first() const {
+    parallel_for(0, batch * groups, ceil_div(kElementsPerTask, group_size() * space), [&](int64_t begin, int64_t end) {
+      AlignedFloats affines(3 * group_size());
+      const Affine affine{affines.data(), affines.data() + group_size(), affines.data() + 2 * group_size()};
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / groups, first = task % groups * group_size();
+        double mean, squares;
+        group_moments(b, first, &mean, &squares);
+        map_group(b, first, mean, squares, affine);
+        for (int64_t c = 0; c < group_size();) {
+          const int64_t planes = in_one_tensor(first + c, group_size() - c);
+          T* out = y + (b * channels + first + c) * space;
+          kernels.normalise_planes(plane(b, first + c), out, planes, space, affine.at(c));
+          c += planes;
+        }
+      }
+    });
+  }
+};
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+void run(const Tensor& x, const std::optional<Tensor>& skip, const std::optional<Tensor>& weight,
+         const std::optional<Tensor>& bias, const std::optional<Tensor>& channel_bias, int64_t groups, double eps,
+         bool silu, bool channels_last, Isa isa, Tensor& out) {
+  const int64_t batch = x.size(0), x_channels = x.size(1), channels = out.size(1);
+  const Problem<T> problem{
+      static_cast<const T*>(x.const_data_ptr()),
+      data_or_null<T>(skip),
+      static_cast<T*>(out.mutable_data_ptr()),
+      data_or_null<float>(weight),
+      data_or_null<float>(bias),
+      data_or_null<float>(channel_bias),
+      channel_bias && channel_bias->size(0) > 1 ? channels : 0,
+      batch,
+      x_channels,
+      channels,
+      groups,
+      out.numel() / (batch * channels),
+      eps,
+      kernels_for<T>(isa, silu),
+  };
+  if (channels_last)
+    problem.run_channels_last();
+  else
+    problem.run_channels_first();
+}
+
+// All tensors dense in the layout named, parameters in float32, out not empty: cpu_impl.py sees to it.
+void group_norm_silu(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                     std::optional<Tensor> channel_bias, int64_t groups, double eps, bool silu, bool channels_last,
+                     int64_t isa, Tensor out) {
+  if (isa < 0 || isa > int64_t(best_isa())) throw std::invalid_argument("isa: this machine does not have it");
+  auto call = [&](auto element) {
+    run<decltype(element)>(x, skip, weight, bias, channel_bias, groups, eps, silu, channels_last, Isa(isa), out);
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return call(float{});
+    case ScalarType::Half:
+      return call(c10::Half{});
+    case ScalarType::BFloat16:
+      return call(c10::BFloat16{});
+    default:
+      throw std::invalid_argument("x: expected float16, bfloat16 or float32");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
+  m.def(
+      "group_norm_silu(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? channel_bias, int groups, "
+      "float eps, bool silu, bool channels_last, int isa, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+}
+
+}  // namespace fastsd

@@ -1,0 +1,182 @@
+// The vectorised loops of group_norm_silu, compiled once per instruction set by foreach_isa.h.
+
+// u * sigmoid(u) by e = exp(-|u|), so that nothing overflows: u / (1 + e) for u >= 0, else u * e / (1 + e).
+//
+// e = 2^n * p(r) with n + r = -|u| / ln2, |r| <= 1/2, and p within 1e-7 of 2^r; it is 0 below 2^-126. A NaN gives
+// some number for e, and the product with u restores it. The clamp compares bit patterns, which order as magnitudes
+// do: the compiler makes one instruction of an integer minimum, and a branch, for NaN's sake, of a float's.
+template <bool silu>
+static inline float activate(float u) {
+  if (!silu) return u;
+  int32_t magnitude;
+  __builtin_memcpy(&magnitude, &u, sizeof magnitude);
+  magnitude &= 0x7fffffff;
+  const int32_t limit = 0x42b00000;  // 88.0f
+  magnitude = magnitude < limit ? magnitude : limit;
+  float a;
+  __builtin_memcpy(&a, &magnitude, sizeof a);
+
+  const float minus_log2_e = -1.44269504f;
+  const float to_exponent = 12582912.0f + 127.0f;  // 1.5 * 2^23: the sum's last bits are n + 127, the exponent of 2^n
+  float shifted = a * minus_log2_e + to_exponent;
+  float n = shifted - to_exponent;
+  float r = a * minus_log2_e - n;
+  float p = 1.326472731e-3f;
+  p = p * r + 9.671512991e-3f;
+  p = p * r + 5.550733581e-2f;
+  p = p * r + 2.402224243e-1f;
+  p = p * r + 6.931470037e-1f;
+  p = p * r + 1.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return u * (u < 0.0f ? p * power : 1.0f) / (p * power + 1.0f);
+}
+
+// W neighbouring channels of a channels-last block: values [rows, stride], moments over the rows.
+template <int W, typename T>
+static inline void moments_of_columns(const T* x, int64_t rows, int64_t stride, Moments out) {
+  float sum[W] = {};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int j = 0; j < W; ++j) sum[j] += load(x + r * stride + j);
+  float pivot[W], drift[W] = {}, spread[W] = {};
+  for (int j = 0; j < W; ++j) pivot[j] = sum[j] / float(rows);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int j = 0; j < W; ++j) {
+      float d = load(x + r * stride + j) - pivot[j];
+      drift[j] += d;
+      spread[j] += d * d;
+    }
+  for (int j = 0; j < W; ++j) {
+    out.pivot[j] = pivot[j];
+    out.drift[j] = drift[j];
+    out.spread[j] = spread[j];
+  }
+}
+
+// A channels-last block [rows, channels]: the moments of each channel.
+template <typename T>
+static void channel_moments(const T* x, int64_t rows, int64_t channels, Moments out) {
+  int64_t c = 0;
+  for (; c + 64 <= channels; c += 64) moments_of_columns<64>(x + c, rows, channels, out.at(c));
+  for (; c + 16 <= channels; c += 16) moments_of_columns<16>(x + c, rows, channels, out.at(c));
+  for (; c < channels; ++c) moments_of_columns<1>(x + c, rows, channels, out.at(c));
+}
+
+// Sums of a plane's elements, each less the center, in W interleaved lanes: of themselves and of their squares.
+template <int W, bool squares, typename T>
+static inline void add_plane(const T* x, int64_t n, float center, float* sum, float* square_sum) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W)
+    for (int j = 0; j < W; ++j) {
+      float d = load(x + i + j) - center;
+      sum[j] += d;
+      if (squares) square_sum[j] += d * d;
+    }
+  for (int j = 0; i < n; ++i, ++j) {
+    float d = load(x + i) - center;
+    sum[j] += d;
+    if (squares) square_sum[j] += d * d;
+  }
+}
+
+template <int W>
+static inline double sum_of_lanes(const float* lanes) {
+  double sum = 0;
+  for (int j = 0; j < W; ++j) sum += lanes[j];
+  return sum;
+}
+
+// Channels-first planes [count, n], shift[c] added to each: mean and sum of squared deviations over all of them.
+template <typename T>
+static void plane_moments(const T* x, int64_t count, int64_t n, const float* shift, double* mean, double* squares) {
+  constexpr int W = 64;
+  if (!shift) {
+    n *= count;
+    count = 1;
+  }
+  const double total = double(count * n);
+  float sum[W] = {};
+  double shift_sum = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    add_plane<W, false>(x + c * n, n, 0.0f, sum, nullptr);
+    if (shift) shift_sum += double(n) * shift[c];
+  }
+  const float pivot = float((sum_of_lanes<W>(sum) + shift_sum) / total);
+
+  // deviations from a pivot near the mean, so that nothing cancels; what rounding the center loses is added back
+  float drift[W] = {}, spread[W] = {};
+  double lost = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const double exact_center = double(pivot) - (shift ? shift[c] : 0.0f);
+    const float center = float(exact_center);
+    add_plane<W, true>(x + c * n, n, center, drift, spread);
+    lost += double(n) * (center - exact_center);
+  }
+  const double total_drift = sum_of_lanes<W>(drift) + lost;
+  *mean = pivot + total_drift / total;
+  *squares = sum_of_lanes<W>(spread) - total_drift * total_drift / total;
+}
+
+// Per channel, mean and sum of squared deviations over all channels-last blocks. Block k holds min(rows, total - k *
+// rows) positions and its moments lie k * stride behind the first's. The blocks' means are taken relative to the first
+// pivot: in double precision, nothing that matters cancels.
+template <int W>
+static inline void merge_columns(Moments blocks, int64_t stride, int64_t rows, int64_t total, double* mean,
+                                 double* squares) {
+  double origin[W], first[W] = {}, second[W] = {}, within[W] = {};
+  for (int j = 0; j < W; ++j) origin[j] = blocks.pivot[j];
+  for (int64_t k = 0; k * rows < total; ++k) {
+    const float *pivot = blocks.pivot + k * stride, *drift = blocks.drift + k * stride;
+    const float* spread = blocks.spread + k * stride;
+    const double n = double(total - k * rows < rows ? total - k * rows : rows), inverse = 1.0 / n;
+    for (int j = 0; j < W; ++j) {
+      double off_pivot = drift[j] * inverse, off_origin = (pivot[j] - origin[j]) + off_pivot;
+      first[j] += n * off_origin;
+      second[j] += n * off_origin * off_origin;
+      within[j] += spread[j] - drift[j] * off_pivot;
+    }
+  }
+  for (int j = 0; j < W; ++j) {
+    mean[j] = origin[j] + first[j] / double(total);
+    squares[j] = within[j] + (second[j] - first[j] * first[j] / double(total));
+  }
+}
+
+static void merge_blocks(Moments blocks, int64_t stride, int64_t rows, int64_t total, int64_t channels, double* mean,
+                         double* squares) {
+  int64_t c = 0;
+  for (; c + 16 <= channels; c += 16) merge_columns<16>(blocks.at(c), stride, rows, total, mean + c, squares + c);
+  for (; c < channels; ++c) merge_columns<1>(blocks.at(c), stride, rows, total, mean + c, squares + c);
+}
+
+// A channels-last block x [rows, channels] into y [rows, y_stride].
+template <bool silu, typename T>
+static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine) {
+  const float* __restrict center = affine.center, * __restrict scale = affine.scale, * __restrict offset = affine.offset;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* __restrict in = x + r * channels;
+    T* __restrict out = y + r * y_stride;
+    for (int64_t c = 0; c < channels; ++c)
+      store(out + c, activate<silu>((load(in + c) - center[c]) * scale[c] + offset[c]));
+  }
+}
+
+// Channels-first planes [count, n].
+template <bool silu, typename T>
+static void normalise_planes(const T* x, T* y, int64_t count, int64_t n, Affine affine) {
+  for (int64_t c = 0; c < count; ++c) {
+    const T* __restrict in = x + c * n;
+    T* __restrict out = y + c * n;
+    const float center = affine.center[c], scale = affine.scale[c], offset = affine.offset[c];
+    for (int64_t i = 0; i < n; ++i) store(out + i, activate<silu>((load(in + i) - center) * scale + offset));
+  }
+}
+
+template <typename T>
+static Kernels<T> kernels(bool silu) {
+  return {channel_moments<T>, merge_blocks, silu ? normalise_rows<true, T> : normalise_rows<false, T>, plane_moments<T>,
+          silu ? normalise_planes<true, T> : normalise_planes<false, T>};
+}

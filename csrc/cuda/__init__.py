@@ -1,0 +1,1 @@
+"""The CUDA sources, as package data: ``fastsd_kernels.cuda_sources``."""

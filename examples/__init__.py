@@ -1,0 +1,1 @@
+"""Small programs to start from: ``python -m examples.demo``, ``python -m examples.patch_pipeline``."""

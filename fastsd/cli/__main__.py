@@ -1,0 +1,5 @@
+import sys
+
+from fastsd.cli import main
+
+sys.exit(main())

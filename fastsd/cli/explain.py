@@ -1,0 +1,29 @@
+"""``fastsd explain``: what a patch does to every module of a model, or why it leaves it."""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import fastsd
+from fastsd import models
+from fastsd.cli import arguments
+from fastsd_kernels.dispatch import BACKENDS
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser("explain", help="show what a patch does to a model, module by module")
+    parser.add_argument("model", help=f"a folder, a hub id (owner/name) or one of {', '.join(models.MODELS)}")
+    parser.add_argument("--backend", choices=BACKENDS, help="force this backend for every op")
+    parser.add_argument("--dtype", type=arguments.dtype, default=torch.float32)
+    parser.add_argument("--device", type=arguments.device, default=arguments.best_device())
+    parser.add_argument("--json", action="store_true", help="print JSON, with one entry for each module")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    model = models.load(options.model, options.dtype, options.device, weights=False)
+    report = fastsd.report(fastsd.patch(model, backend=options.backend))
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    return 0

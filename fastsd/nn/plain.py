@@ -1,0 +1,60 @@
+"""Whether a submodule may be read through instead of called.
+
+A fast forward that takes ``norm1.weight`` and never calls ``norm1`` would skip whatever else that call does:
+hooks, an offloading or casting wrapper, an adapter, a quantised weight. Only a plain leaf may be skipped, and a
+fast forward asks every time, so that what is put on a patched model later is kept too.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+# functional_call puts plain tensors in the place of parameters, torch.export puts fake ones
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
+
+
+def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
+    """Why ``owner.<name>`` has to be called, as a sentence; ``None`` where it may be read through.
+
+    Args:
+        owner: the module that would skip the call.
+        name: the attribute of the leaf.
+        expected: the leaf's exact type.
+    """
+    leaf = getattr(owner, name)
+    if type(leaf) is not expected:
+        return f"{name} is a {type(leaf).__module__}.{type(leaf).__qualname__}, expected a plain {expected.__name__}"
+    if leaf._forward_hooks or leaf._forward_pre_hooks:
+        return f"{name} has a forward hook, which runs only when {name} is called"
+    if leaf._backward_hooks or leaf._backward_pre_hooks:
+        return f"{name} has a backward hook, which runs only when {name} is called"
+    if "forward" in leaf.__dict__ and not is_method_of(leaf.__dict__["forward"], leaf, expected):
+        return f"{name} has an instance forward (an offloading or casting hook?), which runs only when it is called"
+    for key, parameter in leaf._parameters.items():
+        if parameter is not None and type(parameter) not in _PLAIN:
+            return f"{name}.{key} is a {type(parameter).__qualname__}, expected a plain Parameter"
+    return None
+
+
+def is_method_of(forward: object, module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether ``forward`` is ``cls.forward`` bound to ``module``: what a removed hook leaves on an instance."""
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is cls.forward
+
+
+def why_stock_everywhere() -> str | None:
+    """Why every module has to run its stock forward just now, as a sentence; ``None`` where none has to."""
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return "a hook on all modules is registered, which runs only for those that are called"
+    # a compiler traces through the transforms itself
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    ):
+        return "a torch.func transform or forward-mode differentiation is active, which the ops do not offer"
+    return None

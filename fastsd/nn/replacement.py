@@ -1,0 +1,47 @@
+"""What every fast module shares: the settings that ``patch`` leaves on it, and copies that are stock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from fastsd.patching.rule import Rule
+
+SETTINGS = "_fastsd"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``patch`` leaves on a replaced module, in its attribute ``_fastsd``; ``unpatch`` takes it away."""
+
+    rule: Rule
+    stock: type[nn.Module]
+    backend: str | None
+
+
+def settings_of(module: nn.Module) -> Settings | None:
+    """The settings of a replaced module, ``None`` for any other."""
+    return getattr(module, SETTINGS, None)
+
+
+class Replacement(nn.Module):
+    """Base of the fast modules: a subclass of a stock class, with its name, that adds no attribute.
+
+    A stock instance becomes fast by ``module.__class__ = FastClass``, so parameters, buffers, hooks, names and
+    ``isinstance`` stay as they are. ``forward`` of a subclass runs the stock forward where :func:`settings_of` is
+    ``None``: a hook may have captured the bound method of a module that has since been unpatched.
+
+    A copy or a pickle is a stock module: it loads where fastsd is not installed.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        settings = settings_of(self)
+        if settings is None:
+            return super().__reduce_ex__(protocol)
+        # protocol 1, because the form of the later ones must name the object's present class
+        reduced: Any = object.__reduce_ex__(self, 1)
+        reconstruct, (_, *base), state = reduced
+        return reconstruct, (settings.stock, *base), {key: state[key] for key in state if key != SETTINGS}

@@ -1,0 +1,90 @@
+"""The parts of a model or pipeline, and what the rules say of every module in them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastsd.nn.plain import is_method_of
+from fastsd.nn.replacement import settings_of
+from fastsd.patching.rule import Rule
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One module of a part: what ``rule`` says of it.
+
+    ``rule`` is ``None`` where no rule knows the class, and ``refusal`` where the rule can replace the module.
+    """
+
+    path: str
+    module: nn.Module
+    rule: Rule | None
+    refusal: str | None = None
+
+
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    """The modules to look through, by the name of the part; a model that is no pipeline is one part, ``""``.
+
+    Raises:
+        TypeError: ``model`` is neither a module nor a pipeline.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    components = getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise TypeError(f"model: expected a diffusers model or pipeline; got an object of type {type(model).__name__}")
+    parts: dict[str, nn.Module] = {}
+    for name, component in components.items():
+        several = isinstance(component, list | tuple)
+        for index, part in enumerate(component if several else [component]):
+            if isinstance(part, nn.Module) and all(part is not known for known in parts.values()):
+                parts[f"{name}.{index}" if several else name] = part
+    return parts
+
+
+def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
+    """Every module below ``root`` that a rule knows, and every other that holds parameters of its own.
+
+    A module that is replaced already belongs to the rule that replaced it, unless ``rules`` has one for its stock
+    class. Modules inside one that a rule knows belong to it: of them, only those with a rule of their own inside
+    one that is refused are found. The root is never found: its class is saved with the model.
+    """
+    by_target = {rule.target_class(): rule for rule in rules}
+    seen = {id(root)}
+
+    def visit(parent: nn.Module, prefix: str, inside_refused: bool) -> Iterator[Finding]:
+        for name, module in parent.named_children():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            path = f"{prefix}{name}"
+            settings = settings_of(module)
+            stock = type(module) if settings is None else settings.stock
+            rule = by_target.get(stock, None if settings is None else settings.rule)
+            refusal = None
+            if rule is not None:
+                refusal = _refusal(module, stock, rule)
+                yield Finding(path, module, rule, refusal)
+            elif not inside_refused and any(p is not None for p in module._parameters.values()):
+                yield Finding(path, module, None)
+            if rule is None or refusal is not None:
+                yield from visit(module, f"{path}.", inside_refused or refusal is not None)
+
+    return visit(root, "", False)
+
+
+def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | None:
+    if settings_of(module) is None:
+        if not _is_own_forward(stock):
+            return f"{stock.__name__}.forward has been overwritten by {stock.forward.__module__}"
+        forward = module.__dict__.get("forward")
+        if forward is not None and not is_method_of(forward, module, rule.replacement_class()):
+            return f"{stock.__name__} has an instance forward (an offloading hook, or what is left of one)"
+    return rule.reject(module)
+
+
+def _is_own_forward(stock: type[nn.Module]) -> bool:
+    owner = next(cls for cls in stock.__mro__ if "forward" in cls.__dict__)
+    return vars(owner)["forward"].__module__ == owner.__module__

@@ -1,0 +1,9 @@
+"""Fused kernels for Stable Diffusion U-Nets, as torch ops.
+
+Each op is a function here, ``torch.ops.fastsd.<op>`` for graph capture, and a package of its own with the
+reference that defines it and the backends that serve it.
+"""
+
+from fastsd_kernels.group_norm_silu import group_norm_silu
+
+__all__ = ["group_norm_silu"]

@@ -1,0 +1,196 @@
+"""What every op shares: one schema, one fake kernel, autograd, autocast, and the choice of a backend.
+
+An op lives in a package ``fastsd_kernels.<op>`` and is declared once, in its ``__init__.py``::
+
+    op = Op("group_norm_silu", SCHEMA, check=..., fake=..., backward=..., setup_context=..., autocast=...)
+
+Its backends are modules of that package, imported when they are first considered:
+
+=============  ==================
+backend        module
+=============  ==================
+``cuda``       ``cuda_impl.py``
+``triton``     ``triton_impl.py``
+``cpu``        ``cpu_impl.py``
+``reference``  ``reference.py``
+=============  ==================
+
+A backend module has three functions. ``unavailable() -> str | None`` says why the backend cannot run on this
+machine at all; ``reject(*args) -> str | None`` says why it cannot serve these arguments; ``run(*args)`` computes.
+Both refusals are sentences that a user can act on. The reference never refuses.
+
+The choice is made below torch's dispatcher, so that ``torch.compile`` sees one opaque op.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT_VARIABLE = "FASTSD_BACKEND"
+
+_MODULES = {"cuda": "cuda_impl", "triton": "triton_impl", "cpu": "cpu_impl", "reference": "reference"}
+_library = torch.library.Library("fastsd", "FRAGMENT")
+_registry: dict[str, "Op"] = {}
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run: on this machine, or with these arguments."""
+
+
+def ops() -> tuple["Op", ...]:
+    """Every op of the library, in the order of declaration."""
+    return tuple(_registry.values())
+
+
+@functools.cache
+def _backend_order() -> dict[str, dict[str, list[str]]]:
+    return json.loads((files(__package__) / "backend_order.json").read_text())
+
+
+@functools.cache
+def _device_keys(device: torch.device) -> tuple[str, ...]:
+    """The keys of ``backend_order.json`` that speak of ``device``, the most specific first."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return (f"cuda:{major}.{minor}", "cuda")
+    return (device.type,)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op; its module is imported when it is first asked."""
+
+    op: str
+    name: str
+
+    @functools.cached_property
+    def module(self) -> ModuleType:
+        return importlib.import_module(f"fastsd_kernels.{self.op}.{_MODULES[self.name]}")
+
+    def unavailable(self) -> str | None:
+        """Why the backend cannot run on this machine at all, or ``None``."""
+        return self.module.unavailable()
+
+    def reject(self, *args: Any) -> str | None:
+        """Why the backend cannot run, here or with these arguments, or ``None``."""
+        return self.module.unavailable() or self.module.reject(*args)
+
+
+class Op:
+    """Declares ``torch.ops.fastsd.<name>``.
+
+    Args:
+        name: the stem of the op everywhere.
+        schema: arguments and result, without the name; begins with a tensor, ends with ``str? backend=None``.
+        check: raises ``ValueError`` or ``TypeError`` on bad arguments; called for real and for fake tensors.
+        fake: the result's shape, dtype and strides; takes the arguments without ``backend``.
+        setup_context, backward: the gradient, as for :func:`torch.library.register_autograd`; ``backward``
+            returns one gradient for each argument, ``backend`` excluded.
+        autocast: device type to dtype: what floating-point arguments are cast to under ``torch.autocast``.
+            A device type that is missing runs on the arguments as they are.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        fake: Callable[..., Tensor],
+        setup_context: Callable[..., None],
+        backward: Callable[..., tuple[Any, ...]],
+        autocast: dict[str, torch.dtype],
+    ) -> None:
+        self.name = name
+        self.check = check
+        self.backends = {backend: Backend(name, backend) for backend in BACKENDS}
+        _library.define(name + schema)
+        qualified = f"fastsd::{name}"
+        defaults = _defaults(qualified)
+
+        # torch leaves trailing arguments that equal their default out of the call
+        def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return args + defaults[len(args) :]
+
+        def kernel(*given: Any) -> Tensor:
+            *args, backend = complete(given)
+            check(*args)
+            return self.choose(*args, backend=backend).module.run(*args)
+
+        def fake_kernel(*given: Any) -> Tensor:
+            *args, _ = complete(given)
+            check(*args)
+            return fake(*args)
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            setup_context(ctx, complete(inputs)[:-1], output)
+
+        def gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            return (*backward(ctx, grad), None)
+
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake_kernel, lib=_library)
+        torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=_library)
+        for device_type, dtype in autocast.items():
+            torch.library.register_autocast(qualified, device_type, dtype, lib=_library)
+        _registry[name] = self
+
+    @property
+    def package(self) -> ModuleType:
+        """The op's package; its submodule ``cases`` holds the inputs that the op is tried with."""
+        return importlib.import_module(f"fastsd_kernels.{self.name}")
+
+    def order(self, device: torch.device) -> list[str]:
+        """The backends to ask on ``device``, the fastest first, as measured; see ``backend_order.json``."""
+        table = _backend_order()[self.name]
+        return next((table[key] for key in _device_keys(device) if key in table), ["reference"])
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - ops live as long as the process
+    def _available(self, device: torch.device) -> tuple[Backend, ...]:
+        return tuple(self.backends[name] for name in self.order(device) if not self.backends[name].unavailable())
+
+    def explain(self, *args: Any) -> Iterator[tuple[str, str | None]]:
+        """Each backend for these arguments with its refusal, or ``None`` where it serves them."""
+        for name in self.order(args[0].device):
+            yield name, self.backends[name].reject(*args)
+
+    def choose(self, *args: Any, backend: str | None = None) -> Backend:
+        """The backend that will run: ``backend``, else ``$FASTSD_BACKEND``, else the first that serves.
+
+        Raises:
+            ValueError: no backend has that name.
+            BackendUnavailable: the backend that was named refuses; the message is its sentence.
+        """
+        forced, source = backend, "backend"
+        if forced is None:
+            forced, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+        if forced is None:
+            for candidate in self._available(args[0].device):
+                if candidate.module.reject(*args) is None:
+                    return candidate
+        if forced not in self.backends:
+            raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}; got {forced!r}")
+        refusal = self.backends[forced].reject(*args)
+        if refusal is not None:
+            raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot be used: {refusal}")
+        return self.backends[forced]
+
+
+def _defaults(qualified: str) -> tuple[Any, ...]:
+    """Per argument of the schema its default, or a sentinel where it has none."""
+    schema = torch._C._get_schema(qualified, "")
+    return tuple(
+        argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        for argument in schema.arguments
+    )

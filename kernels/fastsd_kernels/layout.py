@@ -1,0 +1,40 @@
+"""Memory layouts of feature maps ``[B, C, *spatial]``: channels first or channels last."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` keeps its channels innermost, dense or not (a slice of a channels_last map counts).
+
+    A map that is contiguous both ways (one channel, or one pixel) counts as channels first.
+    """
+    return x.dim() > 2 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def is_dense(x: Tensor, channels_last: bool) -> bool:
+    """Whether ``x`` fills its storage span without gaps in the given layout."""
+    if not channels_last:
+        return x.is_contiguous()
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` itself when it is dense in the given layout, else a dense copy."""
+    if is_dense(x, channels_last):
+        return x
+    if channels_last:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def empty_map(like: Tensor, channels: int, channels_last: bool) -> Tensor:
+    """An uninitialised map with ``like``'s batch, spatial size, dtype and device, and ``channels`` channels."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    if channels_last and len(shape) == 4:
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    if channels_last:
+        return like.new_empty((shape[0], *shape[2:], channels)).movedim(-1, 1)
+    return like.new_empty(shape)

@@ -1,0 +1,70 @@
+"""The numerical contract: how far an op may be from its reference, and how that is checked."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsd_kernels.testing.inputs import Sample
+
+if TYPE_CHECKING:
+    from fastsd_kernels.dispatch import Op
+
+FLOOR_ULPS = 4
+
+
+class ContractViolation(AssertionError):
+    """A result outside the numerical contract; the message says by how much."""
+
+
+def assert_contract(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """FlashAttention's rule: the largest error of ``actual`` is at most twice that of plain PyTorch.
+
+    Args:
+        actual: what the op returned.
+        exact: the reference evaluated in float64 on the same inputs.
+        plain: the reference evaluated at the op's dtype.
+
+    Twice the error of ``plain``, plus a floor of ``FLOOR_ULPS`` units in the last place of the largest exact
+    value: plain PyTorch is sometimes right by luck. NaN must stand where plain PyTorch has NaN, and infinities
+    where it has the same infinity.
+    """
+    if actual.shape != plain.shape or actual.dtype != plain.dtype:
+        raise ContractViolation(
+            f"expected {plain.dtype} {tuple(plain.shape)}; got {actual.dtype} {tuple(actual.shape)}"
+        )
+    finite = torch.isfinite(plain)
+    if not torch.equal(torch.isfinite(actual), finite):
+        raise ContractViolation(
+            f"{int((torch.isfinite(actual) != finite).sum())} of {finite.numel()} elements differ from plain "
+            "PyTorch in being finite"
+        )
+    if not torch.equal(actual[~finite].nan_to_num(nan=0.0), plain[~finite].nan_to_num(nan=0.0)):
+        raise ContractViolation("NaN and infinities stand at other places than in plain PyTorch")
+    if not finite.any():
+        return
+    exact = exact[finite]
+    error = (actual[finite].double() - exact).abs().max().item()
+    plain_error = (plain[finite].double() - exact).abs().max().item()
+    floor = FLOOR_ULPS * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    if not error <= 2 * plain_error + floor:
+        raise ContractViolation(
+            f"error {error:.3e} against float64; plain PyTorch {plain_error:.3e}, allowed {2 * plain_error + floor:.3e}"
+        )
+
+
+def check_op(op: "Op", sample: Sample, backend: str | None) -> None:
+    """Run one sample on one backend and hold it to the contract.
+
+    Raises:
+        ContractViolation: the result is outside the contract.
+        BackendUnavailable: the backend refuses the sample.
+    """
+    function = getattr(importlib.import_module("fastsd_kernels"), op.name)
+    actual = function(**sample.kwargs, backend=backend)
+    plain = function(**sample.kwargs, backend="reference")
+    exact = function(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
+    if actual.stride() != plain.stride():
+        raise ContractViolation(f"expected strides {plain.stride()}; got {actual.stride()}")
+    assert_contract(actual, exact, plain)

@@ -1,0 +1,89 @@
+"""``python -m bench op``: rows, traffic, and the numerical contract."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from fastsd_kernels.dispatch import ops
+from fastsd_kernels.group_norm_silu import cpu_impl, reference
+from fastsd_kernels.testing import assert_contract
+
+CASE = "1x1280x8x8 contiguous"
+
+
+def bench(*arguments):
+    return main(["op", "group_norm_silu", "--device", "cpu", "--repeats", "2", *arguments])
+
+
+def test_result_file(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert bench("--cases", CASE, "--json", str(path)) == 0
+    result = json.loads(path.read_text())
+    assert list(result) == ["op", "device", "rows"]
+    assert result["op"] == "group_norm_silu"
+    eager, fast = result["rows"]
+    assert list(eager) == ["case", "provider", "dtype", "median_s", "bytes", "flops", "speedup"]
+    assert (eager["provider"], fast["provider"]) == ("eager", "fastsd")
+    assert (eager["case"], eager["dtype"], eager["speedup"]) == (CASE, "float32", 1.0)
+    assert fast["speedup"] == pytest.approx(eager["median_s"] / fast["median_s"])
+    # a map in, a map out, a weight and a bias
+    assert fast["bytes"] == 4 * (2 * 1280 * 64 + 2 * 1280)
+    assert fast["flops"] == 12 * 1280 * 64
+    assert "GB/s" in capsys.readouterr().out
+
+
+def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch):
+    right = reference.run
+    monkeypatch.setenv("FASTSD_BACKEND", "reference")
+    calls = iter([right])  # the first call is the op's, the later ones are the measure
+    monkeypatch.setattr(reference, "run", lambda *arguments: right(*arguments) * (1.01 if next(calls, None) else 1.0))
+    path = tmp_path / "result.json"
+    assert bench("--cases", CASE, "--json", str(path)) == 1
+    assert f"fastsd is outside the numerical contract on {CASE}" in capsys.readouterr().err
+    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["eager"]
+
+
+def test_a_backend_that_fails_leaves_eager(capsys, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setenv("FASTSD_BACKEND", "reference")
+    monkeypatch.setattr(reference, "run", broken)
+    assert bench("--cases", CASE) == 1
+    captured = capsys.readouterr()
+    assert f"fastsd failed on {CASE}: out of order" in captured.err
+    assert "eager" in captured.out
+
+
+def test_a_case_that_is_not_served_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("FASTSD_BACKEND", "cpu")
+    monkeypatch.setattr(cpu_impl, "unavailable", lambda: None)
+    monkeypatch.setattr(cpu_impl, "reject", lambda *arguments: "not this one")
+    assert bench("--cases", CASE) == 0
+    assert f"{CASE}: group_norm_silu: backend 'cpu' cannot be used: not this one" in capsys.readouterr().err
+
+
+def test_unknown_case(capsys):
+    assert bench("--cases", "7x7") == 2
+    assert "7x7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
+def test_eager_is_the_function_of_the_op(op):
+    file = importlib.import_module(f"bench.kernels.bench_{op.name}")
+    public = getattr(importlib.import_module("fastsd_kernels"), op.name)
+    kinds = {}
+    for name in file.CASES:
+        kwargs = file.sample(name, torch.device("meta"), torch.float32).kwargs
+        size = max(value.numel() for value in kwargs.values() if isinstance(value, torch.Tensor))
+        kind = tuple(value is None for value in kwargs.values())
+        kinds[kind] = min(kinds.get(kind, (size, name)), (size, name))
+    for _, name in kinds.values():  # the smallest case of every set of optional arguments
+        sample = file.sample(name, torch.device("cpu"), torch.float32)
+        plain = public(**sample.kwargs, backend="reference")
+        exact = public(**sample.map_tensors(torch.Tensor.double).kwargs, backend="reference")
+        assert_contract(file.eager(**sample.kwargs), exact, plain)
+        assert file.flops(**sample.kwargs) > 0

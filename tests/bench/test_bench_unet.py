@@ -1,0 +1,134 @@
+"""``python -m bench unet``: the result file, the numerical contract, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from bench import unet
+from bench.__main__ import main
+from bench.providers import PROVIDERS, prepare, twin
+from fastsd import models
+from fastsd_kernels.group_norm_silu import reference
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return models.load("tiny")
+
+
+def bench(*arguments):
+    return main(["unet", "--model", "tiny", "--latent", "8", "--device", "cpu", "--repeats", "2", *arguments])
+
+
+def test_result_file(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    names = "eager,channels_last,fastsd,fastsd-channels_last"
+    assert bench("--providers", names, "--batch", "2", "--json", str(path)) == 0
+    result = json.loads(path.read_text())
+    assert list(result) == [
+        *("model", "device", "dtype", "batch", "latent"),
+        *("commit", "versions", "providers", "speedup"),
+    ]
+    assert (result["model"], result["dtype"], result["batch"], result["latent"]) == ("tiny", "float32", 2, 8)
+    assert result["versions"]["torch"] == torch.__version__
+    assert list(result["providers"]) == names.split(",")
+    for row in result["providers"].values():
+        assert list(row) == ["median_s", "p20_s", "p80_s", "relative_l2"]
+        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert 0 <= row["relative_l2"] <= 1e-4
+    medians = {name: row["median_s"] for name, row in result["providers"].items()}
+    assert result["speedup"] == {
+        name: pytest.approx(medians[name] / medians["fastsd"]) for name in medians if name != "fastsd"
+    }
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in medians)
+
+
+def test_half_precision_is_held_against_float32(tiny):
+    half = torch.nn.Module.to(models.load("tiny"), torch.bfloat16)
+    comparison = unet.compare(half, ("eager", "fastsd"), batch=1, latent=8, repeats=1)
+    assert not comparison.refusals
+    assert 1e-4 < comparison.errors["eager"] < 0.1
+    assert comparison.errors["fastsd"] <= 1.5 * comparison.errors["eager"]
+
+
+def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch):
+    right = reference.run
+    monkeypatch.setenv("FASTSD_BACKEND", "reference")
+    monkeypatch.setattr(reference, "run", lambda *arguments: right(*arguments) * 1.01)
+    path = tmp_path / "result.json"
+    assert bench("--json", str(path)) == 1
+    captured = capsys.readouterr()
+    assert "fastsd is outside the numerical contract" in captured.err
+    assert "×" not in captured.out
+    result = json.loads(path.read_text())
+    assert list(result["providers"]) == ["eager"]
+    assert result["speedup"] == {}
+
+
+def test_a_provider_that_fails_leaves_the_others(capsys, monkeypatch, tiny):
+    def broken(*arguments):
+        raise RuntimeError("out of\norder")
+
+    monkeypatch.setenv("FASTSD_BACKEND", "reference")
+    monkeypatch.setattr(reference, "run", broken)
+    comparison = unet.compare(tiny, ("eager", "fastsd"), batch=1, latent=8, repeats=1)
+    assert comparison.refusals == {"fastsd": "fastsd failed: out of order"}
+    assert list(comparison.timings) == ["eager"]
+
+
+def test_every_round_is_kept(tiny):
+    rounds = []
+    names = ("eager", "fastsd")
+    unet.compare(tiny, names, batch=1, latent=8, repeats=3, on_round=lambda c: rounds.append(c.providers()))
+    assert [list(providers) for providers in rounds] == [list(names)] * 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "refused"),
+    [
+        (torch.float32, 1e-4, False),
+        (torch.float32, 1.1e-4, True),
+        (torch.float32, float("inf"), True),
+        (torch.float16, 1.5e-2, False),
+        (torch.float16, 1.6e-2, True),
+    ],
+)
+def test_contract(dtype, error, refused):
+    sentence = unet.outside_contract("fastsd", error, stock_error=1e-2, dtype=dtype)
+    assert (sentence is not None) == refused
+
+
+def test_providers_share_weights_and_leave_the_model_as_it_is(tiny):
+    before = {name: (p.data_ptr(), p.stride()) for name, p in tiny.named_parameters()}
+    classes = [type(module) for module in tiny.modules()]
+    inputs = models.example_inputs(tiny, latent=8)
+    with torch.no_grad():
+        for name, provider in PROVIDERS.items():
+            if not provider.cuda_only and "compile" not in name:
+                prepare(name, tiny, inputs)()
+    assert {name: (p.data_ptr(), p.stride()) for name, p in tiny.named_parameters()} == before
+    assert [type(module) for module in tiny.modules()] == classes
+
+    shared, own = twin(tiny), twin(tiny, channels_last=True)
+    assert all(a is b for a, b in zip(shared.parameters(), tiny.parameters(), strict=True))
+    for weight, original in zip(own.parameters(), tiny.parameters(), strict=True):
+        assert torch.equal(weight, original)
+        assert weight.is_contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight is original
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--providers", "eager,openvino"), ("openvino", "channels_last", "fastsd")),
+        (("--providers", "eager,cudagraph"), ("cudagraph", "CUDA device")),
+        (("--model", "sd99"), ("sd99", "sd15", "vae-sd")),
+    ],
+)
+def test_refused_requests(arguments, says, capsys):
+    assert bench(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert all(words in captured.err for words in says)

@@ -1,0 +1,170 @@
+"""The command ``fastsd``: info, explain, doctor, and how errors look."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastsd import models
+from fastsd.cli import arguments, main, run_safely
+from fastsd.cli.table import markdown_table, text_table
+from fastsd_kernels.dispatch import BACKENDS, ops
+from fastsd_kernels.group_norm_silu import cpu_impl, reference
+
+
+def printed_json(capsys, *given):
+    status = main(given)
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_info_json(capsys):
+    status, facts = printed_json(capsys, "info", "--json")
+    assert status == 0
+    assert list(facts) == ["versions", "devices", "ops", "cache"]
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"][0]["device"] == "cpu"
+    assert list(facts["ops"]) == [op.name for op in ops()]
+    for op in facts["ops"].values():
+        assert list(op["backends"]) == list(BACKENDS)
+        assert op["backends"]["reference"] is None
+        assert op["order"]["cpu"][-1] == "reference"
+
+
+def test_info_says_why_a_backend_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(cpu_impl, "unavailable", lambda: "no compiler was found")
+    assert main(["info"]) == 0
+    assert "no compiler was found" in capsys.readouterr().out
+
+
+def test_explain(capsys):
+    assert main(["explain", "tiny", "--device", "cpu", "--backend", "reference"]) == 0
+    printed = capsys.readouterr().out
+    assert "ResnetBlock2D" in printed
+    assert "group_norm_silu [reference]" in printed
+
+
+def test_explain_json_of_a_folder(capsys, tmp_path):
+    models.load("tiny").save_pretrained(tmp_path)
+    status, explained = printed_json(capsys, "explain", str(tmp_path), "--device", "cpu", "--json")
+    assert status == 0
+    entries = explained["parts"][0]["entries"]
+    assert sum(entry["replaced"] for entry in entries) == 8
+
+
+def test_doctor_finds_nothing_wrong(capsys):
+    status, examined = printed_json(capsys, "doctor", "--device", "cpu", "--json")
+    assert status == 0
+    assert examined["healthy"]
+    for finding in examined["findings"]:
+        assert not finding["failures"]
+        assert finding["passed"] > 0 or finding["unavailable"]
+    found = {(finding["op"], finding["backend"]) for finding in examined["findings"]}
+    assert found == {(op.name, backend) for op in ops() for backend in BACKENDS if backend != "reference"}
+
+
+@pytest.fixture
+def only_bfloat16(monkeypatch):
+    monkeypatch.setattr(arguments, "DTYPES", {"bfloat16": torch.bfloat16})
+
+
+def plant(monkeypatch, run):
+    """Put ``run`` in the place of the CPU kernel, whether or not that was built."""
+    monkeypatch.setattr(cpu_impl, "unavailable", lambda: None)
+    monkeypatch.setattr(cpu_impl, "run", run)
+
+
+@pytest.mark.usefixtures("only_bfloat16")
+def test_doctor_finds_a_wrong_backend(capsys, monkeypatch):
+    def slightly_wrong(x, *others):
+        y = reference.run(x, *others)
+        return y * 1.1 if x.shape[0] == 3 else y
+
+    plant(monkeypatch, slightly_wrong)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 4  # one_pixel and no_space are the samples of batch 3, each in two layouts
+    assert all("group_norm_silu on cpu, cpu, bfloat16: " in line and "against float64" in line for line in failed)
+    assert "one_pixel_contiguous" in failed[0]
+    assert "wrong on this machine" in printed
+
+
+@pytest.mark.usefixtures("only_bfloat16")
+def test_doctor_survives_a_backend_that_raises(capsys, monkeypatch):
+    def broken(*arguments):
+        raise IndexError("beyond\nthe end")
+
+    plant(monkeypatch, broken)
+    status, examined = printed_json(capsys, "doctor", "--device", "cpu", "--json")
+    assert status == 1
+    assert not examined["healthy"]
+    (finding,) = (finding for finding in examined["findings"] if finding["backend"] == "cpu")
+    assert finding["passed"] == 0
+    assert all("IndexError: beyond the end" in failure for failure in finding["failures"])
+
+
+@pytest.mark.usefixtures("only_bfloat16")
+def test_doctor_counts_refusals(capsys, monkeypatch):
+    plant(monkeypatch, reference.run)
+    monkeypatch.setattr(cpu_impl, "reject", lambda x, *others: "only batch 2" if x.shape[0] != 2 else None)
+    status, examined = printed_json(capsys, "doctor", "--device", "cpu", "--json")
+    assert status == 0
+    (finding,) = (finding for finding in examined["findings"] if finding["backend"] == "cpu")
+    assert finding["refused"] > 0
+    assert finding["passed"] > 0
+
+
+def test_errors_of_several_lines_become_one(capsys):
+    def refuse(options):
+        raise OSError("no such file\n  in this folder")
+
+    assert run_safely(argparse.Namespace(run=refuse), "fastsd") == 2
+    assert capsys.readouterr().err == "fastsd: no such file in this folder\n"
+
+
+def test_unknown_model_is_one_line(capsys):
+    assert main(["explain", "sd99"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fastsd: 'sd99' ")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("doctor", "--device", "tpu"), "expected cpu, cuda or cuda:N; got 'tpu'"),
+        (("doctor", "--device", "cuda:99"), "use --device cpu"),
+        (("explain", "tiny", "--dtype", "float8"), "expected one of float32, float16, bfloat16; got 'float8'"),
+    ],
+)
+def test_bad_arguments(given, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(given)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_module_can_be_run():
+    command = [sys.executable, "-m", "fastsd.cli", "explain", "sd99"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+
+
+def test_text_table():
+    table = text_table(("name", "ms", "why"), [("a", "1.5", "one two three four five six"), ("bcd", "-", "")], width=34)
+    assert table.splitlines() == [
+        "name   ms  why",
+        "────  ───  ───────────────────────",
+        "a     1.5  one two three four five",
+        "           six",
+        "bcd     -",
+    ]
+
+
+def test_markdown_table():
+    assert markdown_table(("a", "b"), [(1, "x|y")]) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"

@@ -1,0 +1,13 @@
+"""Marks that depend on the machine."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA card")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

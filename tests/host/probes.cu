@@ -1,0 +1,163 @@
+// Small kernels that try the harness itself: what it must compute, and planted errors that it must catch.
+#include "device.cuh"
+
+using namespace fastsd;
+
+// values[i] = 10000 · block + 100 · threadIdx.y + threadIdx.x
+extern "C" __global__ void indices(float* values) {
+  const i64 block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const i64 thread = threadIdx.y * blockDim.x + threadIdx.x;
+  values[block * blockDim.x * blockDim.y + thread] = 10000.0f * block + 100.0f * threadIdx.y + threadIdx.x;
+}
+
+extern "C" __global__ void scale(const float* from, float* to, i64 count, float factor) {
+  const i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = from == nullptr ? factor : from[i] * factor;
+}
+
+// ---- memory errors
+
+extern "C" __global__ void write_global(float* to, i64 index) {
+  to[index] = 1.0f;
+}
+
+extern "C" __global__ void write_dynamic_shared(float* to, i64 index) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  shared[index] = 1.0f;
+  to[0] = shared[index];
+}
+
+extern "C" __global__ void write_static_shared(float* to, i64 index) {
+  __shared__ float shared[8];
+  float* at = shared;  // the bounds of an array are UBSan's matter, those of its memory AddressSanitizer's
+  at[index] = 1.0f;
+  to[0] = at[index];
+}
+
+// to[0] and to[1] become what dynamic and static shared memory hold when a block begins; then both are written.
+extern "C" __global__ void read_unwritten_shared(float* to) {
+  __shared__ float fixed;
+  float* dynamic = reinterpret_cast<float*>(shared_memory());
+  to[0] = *dynamic;
+  to[1] = fixed;
+  *dynamic = fixed = 1.0f;
+}
+
+extern "C" __global__ void load_misaligned(const float* from, float* to, i64 offset) {
+  float values[4];
+  load(from + offset, values);
+  store(to, values);
+}
+
+// ---- barriers
+
+// Each thread reads its neighbour's value; without the barrier some read what nobody has written yet.
+extern "C" __global__ void neighbour(float* to, i64 with_barrier) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = threadIdx.x, threads = blockDim.x;
+  shared[thread] = thread;
+  if (with_barrier) __syncthreads();
+  to[thread] = shared[(thread + 1) % threads];
+}
+
+extern "C" __global__ void barrier_for_some(i64 threads) {
+  if (threadIdx.x < threads) __syncthreads();
+}
+
+extern "C" __global__ void different_barriers(i64 threads) {
+  if (threadIdx.x < threads) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+extern "C" __global__ void shuffle_for_some(float* to, i64 lanes) {
+  if (threadIdx.x < lanes) to[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1.0f, 1);
+}
+
+extern "C" __global__ void shuffle_from_outside(float* to) {
+  if (threadIdx.x < 16) to[threadIdx.x] = __shfl_sync(0xffffu, 1.0f, 20);
+}
+
+// ---- warp operations: each row of `to` [operations, threads] is one
+
+extern "C" __global__ void shuffles(const float* from, float* to) {
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const float value = from[thread];
+  to[thread] = __shfl_sync(kAllLanes, value, 5);
+  to[threads + thread] = __shfl_xor_sync(kAllLanes, value, 3);
+  to[2 * threads + thread] = __shfl_down_sync(kAllLanes, value, 4);
+  to[3 * threads + thread] = __shfl_up_sync(kAllLanes, value, 4);
+  to[4 * threads + thread] = __shfl_sync(kAllLanes, value, 2, 8);
+  // two halves of a warp, each on its own
+  const u32 half = thread % kWarp < 16 ? 0x0000ffffu : 0xffff0000u;
+  to[5 * threads + thread] = __shfl_xor_sync(half, value, 8);
+  to[6 * threads + thread] = static_cast<float>(__ballot_sync(kAllLanes, value > 0.0f) >> thread % kWarp & 1);
+  to[7 * threads + thread] = static_cast<float>(__ballot_sync(kAllLanes, thread % kWarp < 3));
+}
+
+extern "C" __global__ void reductions(const float* from, float* to) {
+  const int thread = threadIdx.x, threads = blockDim.x;
+  to[thread] = warp_sum(from[thread]);
+  to[threads + thread] = block_sum(from[thread], reinterpret_cast<float*>(shared_memory()));
+}
+
+extern "C" __global__ void activations(const float* from, float* to) {
+  to[threadIdx.x] = silu(from[threadIdx.x]);
+}
+
+// ---- asynchronous copies
+
+// to [2, 4 · threads]: two groups of copies; the second is waited for only if `wait`. An odd thread's second copy is
+// not valid and gives zeros.
+extern "C" __global__ void copies(const float* from, float* to, i64 wait) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = threadIdx.x, half = 4 * blockDim.x;
+  cp_async_16(shared + 4 * thread, from + 4 * thread);
+  cp_async_commit();
+  cp_async_16(shared + half + 4 * thread, from + half + 4 * thread, thread % 2 == 0);
+  cp_async_commit();
+  cp_async_wait<1>();
+  if (wait) cp_async_wait<0>();
+  __syncthreads();
+  for (int i = thread; i < 2 * half; i += blockDim.x) to[i] = shared[i];
+}
+
+// ---- tensor cores
+
+// product [16, 8] = a [16, 16] · b [16, 8] + product, row-major; one warp
+template <class Element>
+__device__ void multiply(const Element* a, const Element* b, float* product) {
+  Element* shared = reinterpret_cast<Element*>(shared_memory());
+  Element* shared_b = shared + 16 * 16;
+  const int lane = threadIdx.x;
+  cp_async_16(shared + 8 * lane, a + 8 * lane);
+  if (lane < 16) cp_async_16(shared_b + 8 * lane, b + 8 * lane);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  u32 of_a[4], of_b[4];
+  // matrices 0 to 3 of a: top left, bottom left, top right, bottom right
+  ldmatrix_x4(of_a, shared + (lane % 16) * 16 + lane / 16 * 8);
+  // b's rows are k, the fragment wants k innermost; lanes from 16 on repeat its two matrices
+  ldmatrix_x4<true>(of_b, shared_b + (lane % 16) * 8);
+  const u32 pair[2] = {of_b[0], of_b[1]};
+
+  const int row = lane / 4, column = lane % 4 * 2;
+  float* places[4] = {product + row * 8 + column, product + row * 8 + column + 1, product + (row + 8) * 8 + column,
+                      product + (row + 8) * 8 + column + 1};
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = *places[i];
+  mma_m16n8k16<Element>(sum, of_a, pair);
+  for (int i = 0; i < 4; ++i) *places[i] = sum[i];
+}
+
+extern "C" __global__ void multiply_float16(const __half* a, const __half* b, float* product) {
+  multiply(a, b, product);
+}
+
+extern "C" __global__ void multiply_bfloat16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* product) {
+  multiply(a, b, product);
+}

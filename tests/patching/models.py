@@ -1,0 +1,156 @@
+"""Small models of every kind that patch serves, and how a patched one is compared with the stock one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsd.models import example_inputs, flat_output
+
+TINY = {
+    "block_out_channels": (4, 8),
+    "norm_num_groups": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+    "layers_per_block": 1,
+    "sample_size": 16,
+}
+_SIMPLE = {
+    "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+}
+_NO_ATTENTION = {
+    "block_out_channels": (4,),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "add_attention": False,
+    "layers_per_block": 1,
+    "sample_size": 16,
+}
+
+# name: class, arguments, residual blocks
+_MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "unet": ("UNet2DConditionModel", TINY, 8),
+    "scale_shift": ("UNet2DConditionModel", TINY | {"resnet_time_scale_shift": "scale_shift"}, 8),
+    "resnet_sampling": ("UNet2DConditionModel", TINY | _SIMPLE, 10),
+    "skip_time_act": ("UNet2DConditionModel", TINY | _SIMPLE | {"resnet_skip_time_act": True}, 10),
+    "output_scale": ("UNet2DConditionModel", TINY | _SIMPLE | {"resnet_out_scale_factor": 1.5}, 10),
+    "mid_scale": ("UNet2DConditionModel", TINY | {"mid_block_scale_factor": 1.4142}, 8),
+    "no_mid_block": ("UNet2DConditionModel", TINY | {"mid_block_type": None}, 6),
+    "plain_mid_block": ("UNet2DConditionModel", TINY | {"mid_block_type": "UNetMidBlock2D"}, 7),
+    "nine_channels": ("UNet2DConditionModel", TINY | {"in_channels": 9}, 8),
+    "eight_channels": ("UNet2DConditionModel", TINY | {"in_channels": 8}, 8),
+    "gligen": ("UNet2DConditionModel", TINY | {"attention_type": "gated"}, 8),
+    "dropout": ("UNet2DConditionModel", TINY | {"dropout": 0.3}, 8),
+    "unet_2d_model": (
+        "UNet2DModel",
+        {
+            "block_out_channels": (4, 8),
+            "norm_num_groups": 4,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 2,
+            "layers_per_block": 1,
+            "sample_size": 16,
+        },
+        8,
+    ),
+    "no_attention": ("UNet2DModel", _NO_ATTENTION, 5),
+    "no_attention_scale_shift": ("UNet2DModel", _NO_ATTENTION | {"resnet_time_scale_shift": "scale_shift"}, 5),
+    "controlnet": (
+        "ControlNetModel",
+        {key: value for key, value in TINY.items() if key not in ("sample_size", "up_block_types")}
+        | {"conditioning_embedding_out_channels": (4, 8)},
+        4,
+    ),
+    "vae": (
+        "AutoencoderKL",
+        {
+            "block_out_channels": (4, 8),
+            "norm_num_groups": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "layers_per_block": 1,
+            "sample_size": 16,
+        },
+        10,
+    ),
+}
+NAMES = tuple(_MODELS)
+
+
+def build(name: str = "unet", *, seed: int = 0) -> nn.Module:
+    """A model in evaluation mode, every parameter random: norms that do not scale would hide mistakes."""
+    class_name, config, _ = _MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(diffusers, class_name)(**config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def block_count(name: str) -> int:
+    """How many residual blocks ``build(name)`` has."""
+    return _MODELS[name][2]
+
+
+def blocks(model: nn.Module) -> list[ResnetBlock2D]:
+    """The residual blocks of a model, fast or stock."""
+    return [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
+
+
+def call(
+    model: nn.Module, batch: int = 2, latent: int = 16, rounded_to: torch.dtype | None = None, **inputs: Any
+) -> Tensor:
+    """All values that ``model`` gives for random inputs, the same on every call, as one float64 vector.
+
+    ``rounded_to`` gives a model of a wider dtype the inputs that one of this dtype gets.
+    """
+    if isinstance(model, diffusers.AutoencoderKL):
+        image = torch.randn(batch, 3, latent, latent, generator=torch.Generator().manual_seed(0))
+        inputs = {"sample": image.to(model.dtype), "return_dict": False} | inputs
+    else:
+        inputs = example_inputs(model, batch, latent, tokens=7) | inputs
+    if rounded_to is not None:
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                inputs[name] = value.to(rounded_to).to(model.dtype)
+    return flat_output(model(**inputs))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The relative L2 distance; infinite where a value is not finite."""
+    error = ((actual - expected).norm() / expected.norm()).item()
+    return error if error == error else float("inf")
+
+
+def assert_as_stock(actual: Tensor, stock: Tensor) -> None:
+    """The float32 contract of a patched model."""
+    assert relative_error(actual, stock) <= 1e-4
+
+
+class _OpCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function is torch.ops.fastsd.group_norm_silu.default
+        return function(*args, **(kwargs or {}))
+
+
+def op_calls(function: Callable[[], Any]) -> int:
+    """How often ``function()`` calls group_norm_silu: twice per block that runs its fast forward."""
+    with torch.no_grad(), _OpCounter() as counter:
+        function()
+    return counter.calls

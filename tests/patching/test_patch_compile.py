@@ -1,0 +1,116 @@
+"""Row 10 of the compatibility matrix: compilers and tracers see through a patched model."""
+
+import pytest
+import torch
+
+import fastsd
+from fastsd.models import example_inputs
+from tests.patching.models import assert_as_stock, block_count, build, call
+
+AOT_EAGER = torch._dynamo.lookup_backend("aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_of_an_earlier_test():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A compiler backend that keeps the graphs; they are traced through autograd and run as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return AOT_EAGER(graph, inputs)
+
+    def op_calls(self):
+        """Calls of group_norm_silu per graph; dynamo empties the graphs that it gives up for a better one."""
+        graphs = [[str(node.target) for node in graph.graph.nodes] for graph in self.graphs]
+        return [sum("group_norm_silu" in target for target in targets) for targets in graphs if targets]
+
+
+@pytest.mark.parametrize("name", ["unet", "no_attention", "no_attention_scale_shift"])
+@torch.no_grad()
+def test_row_10_fullgraph(name):
+    model = build(name)
+    stock = call(model)
+    fastsd.patch(model)
+    graphs = Graphs()
+    model.compile(fullgraph=True, backend=graphs)
+    assert_as_stock(call(model), stock)
+    assert graphs.op_calls() == [2 * block_count(name)]
+
+
+@torch.no_grad()
+def test_row_10_dynamic():
+    model = build("no_attention")
+    sizes = [(2, 16), (3, 8), (4, 24)]
+    stock = [call(model, *size) for size in sizes]
+    fastsd.patch(model)
+    graphs = Graphs()
+    model.compile(fullgraph=True, dynamic=True, backend=graphs)
+    for size, expected in zip(sizes, stock, strict=True):
+        assert_as_stock(call(model, *size), expected)
+    assert graphs.op_calls() == [10]
+
+
+def test_row_10_compiled_training():
+    model, stock = fastsd.patch(build("no_attention")), build("no_attention")
+    graphs = Graphs()
+    inputs = example_inputs(stock, 2, 16)
+    stock(**inputs)[0].square().sum().backward()
+    torch.compile(model, fullgraph=True, backend=graphs)(**inputs)[0].square().sum().backward()
+    assert graphs.op_calls() == [10]
+    for (name, parameter), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_row_10_patch_and_unpatch_a_compiled_model():
+    """What was compiled before is not used for what the model is now."""
+    model = build("no_attention")
+    stock = call(model)
+    graphs = Graphs()
+    model.compile(fullgraph=True, backend=graphs)
+    call(model)
+    assert_as_stock(call(fastsd.patch(model)), stock)
+    assert torch.equal(call(fastsd.unpatch(model)), stock)
+    assert graphs.op_calls()[:2] == [0, 10]
+
+
+@torch.no_grad()
+def test_row_10_repeated_blocks():
+    model = build("no_attention")
+    stock = call(model)
+    fastsd.patch(model)
+    model._repeated_blocks = ["ResnetBlock2D"]
+    graphs = Graphs()
+    model.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    assert_as_stock(call(model), stock)
+    assert graphs.op_calls()
+    assert set(graphs.op_calls()) == {2}
+
+
+@pytest.mark.parametrize(("name", "strict"), [("unet", False), ("no_attention", True)])
+@torch.no_grad()
+def test_row_10_export(name, strict):
+    model = build(name)
+    inputs = example_inputs(model, 2, 16, tokens=7)
+    stock = model(**inputs)[0]
+    program = torch.export.export(fastsd.patch(model), (), inputs, strict=strict)
+    assert sum("group_norm_silu" in str(node.target) for node in program.graph.nodes) == 2 * block_count(name)
+    assert_as_stock(program.module()(**inputs)[0].double(), stock.double())
+
+
+@torch.no_grad()
+def test_row_10_hook_put_on_a_compiled_block():
+    """A block that is compiled after a hook was put on its norm runs the hook."""
+    model, stock = fastsd.patch(build("no_attention")), build("no_attention")
+    for each in (model, stock):
+        each.mid_block.resnets[0].norm1.register_forward_hook(lambda module, args, output: 3 * output)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert_as_stock(call(model), call(stock))

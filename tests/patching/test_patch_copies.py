@@ -1,0 +1,167 @@
+"""Row 6 of the compatibility matrix: copies, pickles and saved files of a patched model are those of a stock one."""
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+import fastsd
+from tests.patching.models import NAMES, assert_as_stock, block_count, blocks, build, call, op_calls
+
+
+def assert_stock(model):
+    assert all(type(block) is ResnetBlock2D for block in blocks(model))
+    assert not any("_fastsd" in vars(module) for module in model.modules())
+
+
+def _pickle(protocol, model):
+    return pickle.loads(pickle.dumps(model, protocol))
+
+
+def _torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: _pickle(None, model),
+    "pickle_0": lambda model: _pickle(0, model),
+    "pickle_1": lambda model: _pickle(1, model),
+    "pickle_5": lambda model: _pickle(5, model),
+    "torch_save": _torch_save,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@torch.no_grad()
+def test_row_6_copies_are_stock(how):
+    model = build()
+    stock = call(model)
+    fastsd.patch(model)
+    copied = COPIES[how](model)
+    assert_stock(copied)
+    assert torch.equal(call(copied), stock)
+    assert op_calls(lambda: call(model)) == 16
+    assert_as_stock(call(fastsd.patch(copied)), stock)
+    fastsd.unpatch(model)
+    assert op_calls(lambda: call(copied)) == 16
+
+
+@torch.no_grad()
+def test_row_6_copy_of_one_block():
+    """Also a shallow one, as ``copy.copy`` makes it: it shares the parameters."""
+    model = fastsd.patch(build())
+    block = model.mid_block.resnets[0]
+    for copied in (copy.copy(block), copy.deepcopy(block)):
+        assert type(copied) is ResnetBlock2D
+        assert "_fastsd" not in vars(copied)
+    assert copy.copy(block).conv1 is block.conv1
+    assert vars(block)["_fastsd"].stock is ResnetBlock2D
+
+
+@torch.no_grad()
+def test_row_6_copy_keeps_hooks():
+    model = fastsd.patch(build())
+    model.mid_block.resnets[0].register_forward_hook(_double)
+    assert_as_stock(call(copy.deepcopy(model)), call(model))
+
+
+def _double(module, args, output):
+    return 2 * output
+
+
+_LOAD = """
+import builtins, pickle, sys
+import torch
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("fastsd", "fastsd_kernels"):
+            raise ImportError(f"{name} is not installed")
+sys.meta_path.insert(0, Refuse())
+torch.set_num_threads(1)
+with open(sys.argv[1], "rb") as file:
+    model = pickle.load(file)
+inputs, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(model(**inputs).sample, expected)
+assert not any(name.split(".")[0].startswith("fastsd") for name in sys.modules)
+"""
+
+
+@torch.no_grad()
+def test_row_6_pickle_loads_without_fastsd(tmp_path):
+    model = build()
+    inputs = {
+        "sample": torch.randn(2, 4, 16, 16),
+        "timestep": torch.tensor(5),
+        "encoder_hidden_states": torch.randn(2, 7, 8),
+    }
+    torch.save((inputs, model(**inputs).sample), tmp_path / "expected")
+    (tmp_path / "model").write_bytes(pickle.dumps(fastsd.patch(model)))
+    subprocess.run([sys.executable, "-c", _LOAD, tmp_path / "model", tmp_path / "expected"], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_row_6_save_pretrained(name, tmp_path):
+    stock, model = build(name), fastsd.patch(build(name))
+    stock.save_pretrained(tmp_path / "stock")
+    model.save_pretrained(tmp_path / "patched")
+    files = sorted(path.name for path in (tmp_path / "stock").iterdir())
+    assert sorted(path.name for path in (tmp_path / "patched").iterdir()) == files
+    for file in files:
+        assert (tmp_path / "patched" / file).read_bytes() == (tmp_path / "stock" / file).read_bytes()
+    assert json.loads((tmp_path / "patched" / "config.json").read_text())["_class_name"] == type(stock).__name__
+    loaded = type(stock).from_pretrained(tmp_path / "patched")
+    assert_stock(loaded)
+    assert torch.equal(call(loaded), call(stock))
+    fastsd.patch(loaded, strict=True)
+    assert op_calls(lambda: call(loaded)) == 2 * block_count(name)
+
+
+@torch.no_grad()
+def test_row_6_controlnet_from_unet():
+    stock = diffusers.ControlNetModel.from_unet(build(), conditioning_embedding_out_channels=(4, 8)).eval()
+    made = diffusers.ControlNetModel.from_unet(fastsd.patch(build()), conditioning_embedding_out_channels=(4, 8)).eval()
+    assert_stock(made)
+    for (name, value), (stock_name, stock_value) in zip(
+        made.state_dict().items(), stock.state_dict().items(), strict=True
+    ):
+        assert name == stock_name
+        if "controlnet" not in name:
+            assert torch.equal(value, stock_value)
+
+
+@torch.no_grad()
+def test_row_6_pipeline_save(tmp_path):
+    def pipeline(unet, vae):
+        return diffusers.StableDiffusionPipeline(
+            vae, None, None, unet, diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), None, None, None, False
+        )
+
+    pipe = fastsd.patch(pipeline(build(), build("vae")))
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    copied = copy.deepcopy(pipe)
+    assert_stock(copied.unet)
+    assert torch.equal(call(copied.unet), call(build()))
+    assert_stock(diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet"))
+
+
+def test_row_6_replicas_of_data_parallel():
+    """A replica shares the class and the attributes but holds no parameters of its own."""
+    model = fastsd.patch(nn.ModuleList(blocks(build())))
+    replica = model[0]._replicate_for_data_parallel()
+    assert type(replica) is type(model[0])

@@ -1,0 +1,154 @@
+"""The report: every module of a model, replaced by which rule and op on which backend, or why not."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fastsd
+from tests.patching.models import block_count, build
+
+
+class Parts:
+    def __init__(self, **components):
+        self.components = components
+
+
+def entry(model, path):
+    (found,) = (entry for entry in fastsd.report(model).entries if entry.path == path)
+    return found
+
+
+def test_stock_model():
+    report = fastsd.report(build())
+    known = [entry for entry in report.entries if entry.rule is not None]
+    assert len(known) == 8
+    for each in known:
+        assert (each.class_name, each.rule, each.replaced) == ("ResnetBlock2D", "resnet_block", False)
+        assert each.reason == "the model is not patched"
+        assert each.ops == ()
+
+
+def test_patched_model():
+    each = entry(fastsd.patch(build()), "up_blocks.1.resnets.0")
+    assert (each.class_name, each.rule, each.replaced, each.reason) == ("ResnetBlock2D", "resnet_block", True, None)
+    assert each.ops == ("group_norm_silu",)
+    assert each.backends == {"group_norm_silu": "cpu"}
+
+
+def test_after_unpatch_it_is_as_before():
+    model = build()
+    before = fastsd.report(model)
+    assert fastsd.report(fastsd.patch(model)) != before
+    assert fastsd.report(fastsd.unpatch(model)) == before
+
+
+def test_modules_of_a_replaced_one_belong_to_it():
+    model = fastsd.patch(build())
+    paths = [entry.path for entry in fastsd.report(model).entries]
+    assert len(paths) == len(set(paths))
+    assert not any(".resnets." in path and not path.split(".")[-1].isdigit() for path in paths)
+    inside = [path for path, module in model.named_modules() if list(module.parameters(recurse=False))]
+    assert set(paths) == {path for path in inside if ".resnets." not in path} | {
+        path for path, module in model.named_modules() if type(module).__name__ == "ResnetBlock2D"
+    }
+
+
+def test_model_without_a_rule():
+    (only,) = fastsd.report(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).entries
+    assert (only.path, only.rule, only.reason) == ("0", None, "no rule for this class")
+
+
+def test_refused_module():
+    model = build()
+    model.mid_block.resnets[0].norm2.register_forward_pre_hook(lambda module, args: None)
+    with pytest.warns(UserWarning, match="norm2 has a forward hook"):
+        fastsd.patch(model)
+    each = entry(model, "mid_block.resnets.0")
+    assert (each.replaced, each.backends) == (False, {})
+    assert each.reason == "norm2 has a forward hook, which runs only when norm2 is called"
+
+
+def test_hook_after_patch():
+    """A replaced module that runs its stock forward says so."""
+    model = fastsd.patch(build())
+    model.mid_block.resnets[0].norm2.register_forward_pre_hook(lambda module, args: None)
+    each = entry(model, "mid_block.resnets.0")
+    assert (each.replaced, each.backends) == (True, {})
+    assert each.reason == "norm2 has a forward hook, which runs only when norm2 is called"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "backend"),
+    [(torch.float32, "cpu", "cpu"), (torch.float64, "cpu", "reference"), (torch.float32, "meta", "reference")],
+    ids=str,
+)
+def test_backend_of_device_and_dtype(dtype, device, backend):
+    model = fastsd.patch(build().to(device, dtype))
+    assert entry(model, "mid_block.resnets.0").backends == {"group_norm_silu": backend}
+
+
+def test_backend_that_no_longer_serves():
+    model = fastsd.patch(build(), backend="cpu").double()
+    assert "float64" in entry(model, "mid_block.resnets.0").backends["group_norm_silu"]
+
+
+def test_backend_of_the_environment(monkeypatch):
+    model = fastsd.patch(build())
+    monkeypatch.setenv("FASTSD_BACKEND", "reference")
+    assert entry(model, "mid_block.resnets.0").backends == {"group_norm_silu": "reference"}
+
+
+def test_text():
+    model = fastsd.patch(build())
+    model.mid_block.resnets[0].nonlinearity = nn.GELU()
+    assert str(fastsd.report(model)).splitlines() == [
+        "UNet2DConditionModel",
+        "  ResnetBlock2D     7  replaced by resnet_block → group_norm_silu [cpu]",
+        "  ResnetBlock2D     1  replaced by resnet_block: nonlinearity is a torch.nn.modules.activation.GELU, "
+        "expected a plain SiLU",
+        "  Conv2d           12  left: no rule for this class",
+        "  Linear           42  left: no rule for this class",
+        "  GroupNorm         5  left: no rule for this class",
+        "  LayerNorm        12  left: no rule for this class",
+    ]
+
+
+def test_text_of_a_pipeline():
+    parts = Parts(
+        vae=build("vae"),
+        text_encoder=nn.Sequential(nn.Linear(2, 2)),
+        scheduler=object(),
+        controlnet=[build("controlnet"), build("controlnet", seed=1)],
+    )
+    report = fastsd.report(fastsd.patch(parts))
+    assert [part.name for part in report.parts] == ["vae", "text_encoder", "controlnet.0", "controlnet.1"]
+    lines = str(report).splitlines()
+    assert lines[0] == "vae: AutoencoderKL"
+    assert "text_encoder: Sequential: left, holds no module that a rule knows" in lines
+    assert "controlnet.1: ControlNetModel" in lines
+    replaced = [line.split() for line in lines if "replaced by" in line]
+    assert [int(words[1]) for words in replaced] == [block_count("vae"), *[block_count("controlnet")] * 2]
+
+
+def test_json():
+    report = fastsd.report(fastsd.patch(Parts(unet=build(), vae=build("vae"))))
+    as_dict = json.loads(json.dumps(report.to_dict()))
+    assert as_dict == report.to_dict()
+    assert [part["name"] for part in as_dict["parts"]] == ["unet", "vae"]
+    assert as_dict["parts"][0]["entries"][0].keys() == {
+        "path",
+        "class_name",
+        "replaced",
+        "rule",
+        "backends",
+        "reason",
+    }
+
+
+def test_report_changes_nothing():
+    model = fastsd.patch(build())
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
+    fastsd.report(model)
+    assert [(type(module), dict(vars(module))) for module in model.modules()] == before
