@@ -146,14 +146,15 @@ struct Problem {
     });
 
     parallel_for(0, batch * space, ceil_div(kElementsPerTask, channels), [&](int64_t begin, int64_t end) {
-      for (int64_t position = begin; position < end;) {
-        const int64_t b = position / space, n = std::min(end, (b + 1) * space) - position;
+      // from the end, where the statistics left off: what they read last is still in cache
+      for (int64_t stop = end; stop > begin;) {
+        const int64_t b = (stop - 1) / space, position = std::max({begin, b * space, stop - rows}), n = stop - position;
         T* out = y + position * channels;
         kernels.normalise_rows(x + position * x_channels, out, n, x_channels, channels, affine_of(b));
         if (skip_channels)
           kernels.normalise_rows(skip + position * skip_channels, out + x_channels, n, skip_channels, channels,
                                  affine_of(b).at(x_channels));
-        position += n;
+        stop = position;
       }
     });
   }

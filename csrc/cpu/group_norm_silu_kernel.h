@@ -35,20 +35,27 @@ static inline float activate(float u) {
   return u * (u < 0.0f ? p * power : 1.0f) / (p * power + 1.0f);
 }
 
+// Moments are taken in one pass, relative to a pivot: the mean of a block's first k elements. Then the sum of squared
+// deviations from the pivot is at most 1 + n / k times that from the mean, so little can cancel between the two, and
+// for data that is alike throughout next to nothing does.
+
 // W neighbouring channels of a channels-last block: values [rows, stride], moments over the rows.
 template <int W, typename T>
 static inline void moments_of_columns(const T* x, int64_t rows, int64_t stride, Moments out) {
-  float sum[W] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int j = 0; j < W; ++j) sum[j] += load(x + r * stride + j);
-  float pivot[W], drift[W] = {}, spread[W] = {};
-  for (int j = 0; j < W; ++j) pivot[j] = sum[j] / float(rows);
-  for (int64_t r = 0; r < rows; ++r)
+  const int64_t lead = rows < 8 ? rows : 8;
+  float pivot[W] = {}, drift[W] = {}, spread[W] = {};
+  for (int64_t r = 0; r < lead; ++r)
+    for (int j = 0; j < W; ++j) pivot[j] += load(x + r * stride + j);
+  for (int j = 0; j < W; ++j) pivot[j] *= 1.0f / float(lead);
+  for (int64_t r = 0; r < rows; ++r) {
+    // the hardware loses a stream whose lines lie a row apart
+    for (int j = 0; j < W; j += 64 / int(sizeof(T))) __builtin_prefetch(x + (r + 16) * stride + j);
     for (int j = 0; j < W; ++j) {
       float d = load(x + r * stride + j) - pivot[j];
       drift[j] += d;
       spread[j] += d * d;
     }
+  }
   for (int j = 0; j < W; ++j) {
     out.pivot[j] = pivot[j];
     out.drift[j] = drift[j];
@@ -65,20 +72,20 @@ static void channel_moments(const T* x, int64_t rows, int64_t channels, Moments 
   for (; c < channels; ++c) moments_of_columns<1>(x + c, rows, channels, out.at(c));
 }
 
-// Sums of a plane's elements, each less the center, in W interleaved lanes: of themselves and of their squares.
-template <int W, bool squares, typename T>
-static inline void add_plane(const T* x, int64_t n, float center, float* sum, float* square_sum) {
+// Sums over a run of one channel's elements, each less the center, in W interleaved lanes: of them and their squares.
+template <int W, typename T>
+static inline void add_run(const T* x, int64_t n, float center, float* sum, float* square_sum) {
   int64_t i = 0;
   for (; i + W <= n; i += W)
     for (int j = 0; j < W; ++j) {
       float d = load(x + i + j) - center;
       sum[j] += d;
-      if (squares) square_sum[j] += d * d;
+      square_sum[j] += d * d;
     }
   for (int j = 0; i < n; ++i, ++j) {
     float d = load(x + i) - center;
     sum[j] += d;
-    if (squares) square_sum[j] += d * d;
+    square_sum[j] += d * d;
   }
 }
 
@@ -97,25 +104,20 @@ static void plane_moments(const T* x, int64_t count, int64_t n, const float* shi
     n *= count;
     count = 1;
   }
-  const double total = double(count * n);
-  float sum[W] = {};
-  double shift_sum = 0;
-  for (int64_t c = 0; c < count; ++c) {
-    add_plane<W, false>(x + c * n, n, 0.0f, sum, nullptr);
-    if (shift) shift_sum += double(n) * shift[c];
-  }
-  const float pivot = float((sum_of_lanes<W>(sum) + shift_sum) / total);
+  const int64_t lead = n < W ? n : W;
+  float pivot = 0;
+  for (int64_t i = 0; i < lead; ++i) pivot += load(x + i);
+  pivot = pivot / float(lead) + (shift ? shift[0] : 0.0f);
 
-  // deviations from a pivot near the mean, so that nothing cancels; what rounding the center loses is added back
   float drift[W] = {}, spread[W] = {};
-  double lost = 0;
+  double lost = 0;  // to rounding of the centers
   for (int64_t c = 0; c < count; ++c) {
     const double exact_center = double(pivot) - (shift ? shift[c] : 0.0f);
     const float center = float(exact_center);
-    add_plane<W, true>(x + c * n, n, center, drift, spread);
+    add_run<W>(x + c * n, n, center, drift, spread);
     lost += double(n) * (center - exact_center);
   }
-  const double total_drift = sum_of_lanes<W>(drift) + lost;
+  const double total = double(count * n), total_drift = sum_of_lanes<W>(drift) + lost;
   *mean = pivot + total_drift / total;
   *squares = sum_of_lanes<W>(spread) - total_drift * total_drift / total;
 }

@@ -24,7 +24,8 @@ class Settings:
 
 def settings_of(module: nn.Module) -> Settings | None:
     """The settings of a replaced module, ``None`` for any other."""
-    return getattr(module, SETTINGS, None)
+    # not getattr: the wrapper of a compiled module passes it on to the module inside
+    return module.__dict__.get(SETTINGS)
 
 
 class Replacement(nn.Module):

@@ -269,3 +269,11 @@ def test_on_the_device(dtype):
             torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
         except Exception as error:
             raise AssertionError(f"{sample}: {error}") from error
+
+
+def test_a_missing_compiler_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    assert triton_impl.unavailable.__wrapped__() is None
+    monkeypatch.setenv("PATH", "")
+    assert "install gcc or clang" in triton_impl.unavailable.__wrapped__()

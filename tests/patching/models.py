@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.models import example_inputs, flat_output
+from fastsd.nn.resnet_block import ResnetBlock2D as FastResnetBlock2D
 
 TINY = {
     "block_out_channels": (4, 8),
@@ -107,6 +108,36 @@ def block_count(name: str) -> int:
 def blocks(model: nn.Module) -> list[ResnetBlock2D]:
     """The residual blocks of a model, fast or stock."""
     return [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
+
+
+class Pipeline:
+    """A pipeline as patch sees it: something with ``components``."""
+
+    def __init__(self, **components: Any) -> None:
+        self.components = components
+
+
+def fingerprint(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Everything that patch could have left on a model: classes, attributes, tensors."""
+    return [
+        (path, type(module), {key: id(value) for key, value in vars(module).items()})
+        for path, module in model.named_modules()
+    ], [(name, id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()]
+
+
+def assert_untouched(model: nn.Module, before: tuple[list[Any], list[Any]]) -> None:
+    """The model is as it was when :func:`fingerprint` gave ``before``."""
+    modules, tensors = fingerprint(model)
+    assert modules == before[0]
+    assert all(
+        (name, identity) == (old_name, old_identity) and torch.equal(value, old)
+        for (name, identity, value), (old_name, old_identity, old) in zip(tensors, before[1], strict=True)
+    )
+
+
+def fast(model: nn.Module) -> list[bool]:
+    """For each residual block whether it has its fast class."""
+    return [type(block) is FastResnetBlock2D for block in blocks(model)]
 
 
 def call(

@@ -114,3 +114,16 @@ def test_row_10_hook_put_on_a_compiled_block():
         each.mid_block.resnets[0].norm1.register_forward_hook(lambda module, args, output: 3 * output)
     model.compile(fullgraph=True, backend="aot_eager")
     assert_as_stock(call(model), call(stock))
+
+
+@torch.no_grad()
+def test_row_10_one_compiled_block():
+    """The wrapper of a compiled module shows the attributes of the module inside, and is none of ours."""
+    model = build("no_attention")
+    stock = call(model)
+    model.mid_block.resnets[0] = torch.compile(model.mid_block.resnets[0], fullgraph=True, backend="aot_eager")
+    fastsd.patch(model, strict=True)
+    assert_as_stock(call(model), stock)
+    fastsd.patch(model, backend="reference")
+    assert sum(entry.replaced for entry in fastsd.report(model).entries) == block_count("no_attention")
+    assert torch.equal(call(fastsd.unpatch(model)), stock)

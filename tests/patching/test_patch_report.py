@@ -7,12 +7,7 @@ import torch
 from torch import nn
 
 import fastsd
-from tests.patching.models import block_count, build
-
-
-class Parts:
-    def __init__(self, **components):
-        self.components = components
+from tests.patching.models import Pipeline, block_count, build
 
 
 def entry(model, path):
@@ -116,7 +111,7 @@ def test_text():
 
 
 def test_text_of_a_pipeline():
-    parts = Parts(
+    parts = Pipeline(
         vae=build("vae"),
         text_encoder=nn.Sequential(nn.Linear(2, 2)),
         scheduler=object(),
@@ -132,8 +127,13 @@ def test_text_of_a_pipeline():
     assert [int(words[1]) for words in replaced] == [block_count("vae"), *[block_count("controlnet")] * 2]
 
 
+def test_part_with_two_names():
+    unet = build()
+    assert [part.name for part in fastsd.report(Pipeline(unet=unet, prior=unet)).parts] == ["unet"]
+
+
 def test_json():
-    report = fastsd.report(fastsd.patch(Parts(unet=build(), vae=build("vae"))))
+    report = fastsd.report(fastsd.patch(Pipeline(unet=build(), vae=build("vae"))))
     as_dict = json.loads(json.dumps(report.to_dict()))
     assert as_dict == report.to_dict()
     assert [part["name"] for part in as_dict["parts"]] == ["unet", "vae"]

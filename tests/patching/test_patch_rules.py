@@ -85,6 +85,8 @@ def test_registry(registered):
         fastsd.register_rule(GATE)
     with pytest.raises(ValueError, match=r"'another'.*clash"):
         fastsd.register_rule(fastsd.Rule("another", Gate, Fast.Gate, refuse_negative))
+    with pytest.raises(ValueError, match=r"'gate'.*clash"):
+        fastsd.register_rule(fastsd.Rule("gate", nn.Linear, Fast.Gate, refuse_negative))
     with pytest.raises(TypeError, match="expected each to be a Rule"):
         fastsd.register_rule(Gate)
     with pytest.raises(ValueError, match="got 'nobody'"):

@@ -1,6 +1,8 @@
 """group_norm_silu in Triton: two launches, without atomics, for either layout."""
 
 import functools
+import os
+import shutil
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +178,8 @@ def unavailable() -> str | None:
         return "Triton is not installed; `pip install triton` installs it"
     if not _interpreted() and not torch.cuda.is_available():
         return "torch sees no GPU; use backend='cpu', or set TRITON_INTERPRET=1 to run the kernels in the interpreter"
+    if not _interpreted() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to build its launcher; install gcc or clang, or name one in CC"
     return None
 
 
