@@ -35,7 +35,7 @@ struct Kernels {
   void (*normalise_rows)(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine);
   // channels first
   void (*plane_moments)(const T* x, int64_t count, int64_t n, const float* shift, double* mean, double* squares);
-  void (*normalise_planes)(const T* x, T* y, int64_t count, int64_t n, Affine affine);
+  void (*normalise_planes)(const T* x, T* y, int64_t count, int64_t n, Affine affine, const T* next);
 };
 
 }  // namespace fastsd

@@ -42,7 +42,7 @@ static inline float activate(float u) {
 // W neighbouring channels of a channels-last block: values [rows, stride], moments over the rows.
 template <int W, typename T>
 static inline void moments_of_columns(const T* x, int64_t rows, int64_t stride, Moments out) {
-  const int64_t lead = rows < 8 ? rows : 8;
+  const int64_t lead = rows < 4 ? rows : 4;
   float pivot[W] = {}, drift[W] = {}, spread[W] = {};
   for (int64_t r = 0; r < lead; ++r)
     for (int j = 0; j < W; ++j) pivot[j] += load(x + r * stride + j);
@@ -154,27 +154,51 @@ static void merge_blocks(Moments blocks, int64_t stride, int64_t rows, int64_t t
   for (; c < channels; ++c) merge_columns<1>(blocks.at(c), stride, rows, total, mean + c, squares + c);
 }
 
-// A channels-last block x [rows, channels] into y [rows, y_stride].
-template <bool silu, typename T>
-static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine) {
-  const float* __restrict center = affine.center, * __restrict scale = affine.scale, * __restrict offset = affine.offset;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict in = x + r * channels;
-    T* __restrict out = y + r * y_stride;
-    for (int64_t c = 0; c < channels; ++c)
-      store(out + c, activate<silu>((load(in + c) - center[c]) * scale[c] + offset[c]));
-  }
+template <typename T>
+static inline void prefetch_run(const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
 }
 
-// Channels-first planes [count, n].
 template <bool silu, typename T>
-static void normalise_planes(const T* x, T* y, int64_t count, int64_t n, Affine affine) {
-  for (int64_t c = 0; c < count; ++c) {
-    const T* __restrict in = x + c * n;
-    T* __restrict out = y + c * n;
-    const float center = affine.center[c], scale = affine.scale[c], offset = affine.offset[c];
-    for (int64_t i = 0; i < n; ++i) store(out + i, activate<silu>((load(in + i) - center) * scale + offset));
-  }
+static inline void normalise_columns(const T* __restrict x, T* __restrict y, int64_t n, const float* __restrict center,
+                                     const float* __restrict scale, const float* __restrict offset) {
+  for (int64_t c = 0; c < n; ++c) store(y + c, activate<silu>((load(x + c) - center[c]) * scale[c] + offset[c]));
+}
+
+// A channels-last block x [rows, channels] into y [rows, y_stride]. Both are fetched ahead, y to be written: otherwise
+// the arithmetic and the memory wait for each other.
+template <bool silu, typename T>
+static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine) {
+  const int64_t strip = 256, ahead = 4096 / int64_t(sizeof(T));  // 4 KiB, some 50 lines
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += strip) {
+      const int64_t n = channels - c < strip ? channels - c : strip;
+      const T* in = x + r * channels + c;
+      T* out = y + r * y_stride + c;
+      for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) {
+        __builtin_prefetch(in + ahead + i);
+        __builtin_prefetch(out + ahead + i, 1);
+      }
+      normalise_columns<silu>(in, out, n, affine.center + c, affine.scale + c, affine.offset + c);
+    }
+}
+
+template <bool silu, typename T>
+static inline void normalise_run(const T* __restrict x, T* __restrict y, int64_t n, float center, float scale,
+                                 float offset) {
+  for (int64_t i = 0; i < n; ++i) store(y + i, activate<silu>((load(x + i) - center) * scale + offset));
+}
+
+// Channels-first planes [count, n]; meanwhile as many at `next` are fetched, unless it is null.
+template <bool silu, typename T>
+static void normalise_planes(const T* x, T* y, int64_t count, int64_t n, Affine affine, const T* next) {
+  const int64_t strip = 512;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = 0; i < n; i += strip) {
+      const int64_t at = c * n + i, length = n - i < strip ? n - i : strip;
+      if (next) prefetch_run(next + at, length);
+      normalise_run<silu>(x + at, y + at, length, affine.center[c], affine.scale[c], affine.offset[c]);
+    }
 }
 
 template <typename T>

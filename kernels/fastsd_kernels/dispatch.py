@@ -144,6 +144,7 @@ class Op:
         torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=_library)
         for device_type, dtype in autocast.items():
             torch.library.register_autocast(qualified, device_type, dtype, lib=_library)
+        self.overload: Callable[..., Any] = getattr(torch.ops.fastsd, name).default
         _registry[name] = self
 
     @property

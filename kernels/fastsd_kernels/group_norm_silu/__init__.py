@@ -60,7 +60,7 @@ def group_norm_silu(
     Differentiable, twice, in every tensor argument. Source: Wu and He, "Group Normalization", 2018 (eps inside
     the root, biased variance); SiLU is Hendrycks and Gimpel, 2016.
     """
-    return torch.ops.fastsd.group_norm_silu(x, num_groups, weight, bias, eps, activation, channel_bias, skip, backend)
+    return op.overload(x, num_groups, weight, bias, eps, activation, channel_bias, skip, backend)
 
 
 def _check(
@@ -73,13 +73,14 @@ def _check(
     channel_bias: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"x: expected [batch, channels, *spatial]; got shape {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"x: expected [batch, channels, *spatial]; got shape {tuple(shape)}")
+    batch, channels = shape[0], shape[1]
     if skip is not None:
-        if skip.dim() != x.dim() or skip.shape[0] != batch or skip.shape[2:] != x.shape[2:]:
+        if skip.dim() != len(shape) or skip.shape[0] != batch or skip.shape[2:] != shape[2:]:
             raise ValueError(
-                f"skip: expected x's shape {tuple(x.shape)} with any number of channels; got {tuple(skip.shape)}"
+                f"skip: expected x's shape {tuple(shape)} with any number of channels; got {tuple(skip.shape)}"
             )
         if skip.dtype != x.dtype:
             raise TypeError(f"skip: expected x's dtype {x.dtype}; got {skip.dtype}")
@@ -87,7 +88,7 @@ def _check(
     if num_groups < 1 or channels % num_groups or channels == 0:
         raise ValueError(f"num_groups: expected a positive divisor of {channels} channels; got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and tuple(parameter.shape) != (channels,):
+        if parameter is not None and parameter.shape != (channels,):
             raise ValueError(f"{name}: expected shape ({channels},); got {tuple(parameter.shape)}")
     if channel_bias is not None and (
         channel_bias.dim() != 2 or channel_bias.shape[1] != channels or channel_bias.shape[0] not in (1, batch)
@@ -99,14 +100,14 @@ def _check(
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number that is not negative; got {eps}")
-    tensors = {"x": x, "weight": weight, "bias": bias, "channel_bias": channel_bias, "skip": skip}
-    for name, tensor in tensors.items():
+    device = x.device
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("channel_bias", channel_bias), ("skip", skip)):
         if tensor is None:
             continue
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype; got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}; got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected x's device {device}; got {tensor.device}")
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

@@ -24,7 +24,9 @@ def reject(x: Tensor, *args: Any) -> str | None:
 
 
 def _float32(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.to(torch.float32).contiguous()
+    if parameter is None or (parameter.dtype is torch.float32 and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(torch.float32).contiguous()
 
 
 def run(
@@ -44,7 +46,7 @@ def run(
 
     x = dense(x, channels_last)
     skip = None if skip is None else dense(skip, channels_last)
-    torch.ops.fastsd_cpu.group_norm_silu(
+    torch.ops.fastsd_cpu.group_norm_silu.default(
         x,
         skip,
         _float32(weight),
