@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FASTSD_BACKEND"
@@ -126,6 +127,8 @@ class Op:
         def kernel(*given: Any) -> Tensor:
             *args, backend = complete(given)
             check(*args)
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(name, args)
             return self.choose(*args, backend=backend).module.run(*args)
 
         def fake_kernel(*given: Any) -> Tensor:
@@ -186,6 +189,12 @@ class Op:
         if refusal is not None:
             raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot be used: {refusal}")
         return self.backends[forced]
+
+
+def _refuse_tangents(name: str, args: list[Any]) -> None:
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{name} has no forward-mode derivative; use reverse mode, or its reference")
 
 
 def _defaults(qualified: str) -> tuple[Any, ...]:

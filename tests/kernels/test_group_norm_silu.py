@@ -53,6 +53,14 @@ def test_gradients(name):
     )
 
 
+def test_forward_mode_is_refused():
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            group_norm_silu(x, 2)
+        group_norm_silu(torch.randn(1, 4, 2, 2), 2)
+
+
 def test_second_gradients():
     like = {"dtype": torch.float64, "requires_grad": True}
     x, skip = torch.randn(2, 4, 3, 2, **like), torch.randn(2, 4, 3, 2, **like)
