@@ -5,6 +5,7 @@ from typing import Any
 from diffusers.models import resnet as stock
 from torch import Tensor, nn
 
+from fastsd.nn.convolution import convolve
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, settings_of
 from fastsd_kernels import group_norm_silu
@@ -24,7 +25,7 @@ def why_stock(block: stock.ResnetBlock2D) -> str | None:
 
 
 class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
-    """GroupNorm, SiLU and the sum with the time embedding in two ops; the rest as stock.
+    """GroupNorm, SiLU and the sum with the time embedding in two ops; the convolutions as their map's size suits them.
 
     ``y = shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(silu(temb))))))``, divided by
     ``output_scale_factor``; with up- or downsampling in front of ``conv1`` and of the shortcut.
@@ -43,7 +44,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
 
         hidden = _norm(input_tensor, self.norm1, "silu", settings.backend)
         shortcut, hidden = self._resample(input_tensor, hidden)
-        hidden = self.conv1(hidden)
+        hidden = convolve(self, "conv1", hidden)
 
         if self.time_emb_proj is not None:
             # the projection gives [B, C], or [B, 2C] for scale and shift
@@ -56,7 +57,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
             bias = temb if self.time_embedding_norm == "default" else None
             hidden = _norm(hidden, self.norm2, "silu", settings.backend, bias)
 
-        hidden = self.conv2(self.dropout(hidden))
+        hidden = convolve(self, "conv2", self.dropout(hidden))
         if self.conv_shortcut is not None:
             # as stock: spares distributed training a warning about the strides of gradients
             shortcut = self.conv_shortcut(shortcut.contiguous() if self.training else shortcut)
