@@ -249,6 +249,8 @@ void run(const Tensor& x, const std::optional<Tensor>& skip, const std::optional
 void group_norm_silu(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> weight, std::optional<Tensor> bias,
                      std::optional<Tensor> channel_bias, int64_t groups, double eps, bool silu, bool channels_last,
                      int64_t isa, Tensor out) {
+  if (out.numel() == 0 || groups < 1 || out.size(1) % groups)
+    throw std::invalid_argument("out: expected at least one element, and channels that the groups divide");
   if (isa < 0 || isa > int64_t(best_isa())) throw std::invalid_argument("isa: this machine does not have it");
   auto call = [&](auto element) {
     run<decltype(element)>(x, skip, weight, bias, channel_bias, groups, eps, silu, channels_last, Isa(isa), out);

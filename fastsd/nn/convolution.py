@@ -1,5 +1,7 @@
 """A 3×3 convolution called as stock, or computed as one matrix product where that is faster."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,9 +9,12 @@ from torch import Tensor, nn
 from fastsd.nn.plain import why_not_plain
 from fastsd_kernels.layout import is_channels_last
 
-# oneDNN reorders the weights at every call. With this many weights for each position of the map, the reordering costs
-# more than writing out the columns of a matrix product does; measured, the two are even at about half of it.
+# oneDNN reorders the weights at every call. With this many weights for each position of the batch, the reordering costs
+# more than writing out the columns of a matrix product does; measured, the two are even at about half of it. It also
+# bounds the columns' memory: for a 3×3 convolution of C channels they take 9 C / 40 000 of the weights' bytes at most.
 WEIGHTS_PER_POSITION = 40_000
+
+_STOCK_FORWARD = nn.Conv2d._conv_forward
 
 
 def convolve(owner: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -34,6 +39,10 @@ def is_faster_as_product(conv: nn.Conv2d, x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == conv.weight.dtype == torch.float32
+        and (conv.bias is None or conv.bias.dtype == torch.float32)
+        # what seamless tiling and the like override
+        and "_conv_forward" not in conv.__dict__
+        and nn.Conv2d._conv_forward is _STOCK_FORWARD
         and conv.kernel_size == (3, 3)
         and conv.stride == conv.padding == conv.dilation == (1, 1)
         and conv.groups == 1
@@ -41,11 +50,18 @@ def is_faster_as_product(conv: nn.Conv2d, x: Tensor) -> bool:
         and x.dim() == 4
         and x.shape[1] == conv.in_channels
         and x.numel() > 0
-        and conv.weight.numel() >= WEIGHTS_PER_POSITION * x.shape[2] * x.shape[3]
+        and conv.weight.numel() >= WEIGHTS_PER_POSITION * x.shape[0] * x.shape[2] * x.shape[3]
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and _is_plain_float32()
     )
+
+
+def _is_plain_float32() -> bool:
+    """Whether oneDNN is on and neither it nor matrix products may round float32 to less."""
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.enabled and {mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision} <= {"none", "ieee"}
 
 
 def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

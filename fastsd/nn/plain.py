@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.GroupNorm, nn.SiLU)}
+
 # functional_call puts plain tensors in the place of parameters, torch.export puts fake ones
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
 
@@ -26,6 +28,8 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
     leaf = getattr(owner, name)
     if type(leaf) is not expected:
         return f"{name} is a {type(leaf).__module__}.{type(leaf).__qualname__}, expected a plain {expected.__name__}"
+    if expected.forward is not _FORWARDS.get(expected, expected.forward):
+        return f"{expected.__name__}.forward has been overwritten by {expected.forward.__module__}"
     if leaf._forward_hooks or leaf._forward_pre_hooks:
         return f"{name} has a forward hook, which runs only when {name} is called"
     if leaf._backward_hooks or leaf._backward_pre_hooks:

@@ -46,7 +46,7 @@ def plan_patch(
         targets = ", ".join(rule.target_path for rule in chosen)
         raise ValueError(
             f"model: expected one that holds a module that a rule knows ({targets or 'there is no rule'}); "
-            f"{type(model).__name__} holds none"
+            f"{type(model).__name__} holds none (the model itself is never replaced, only modules in it)"
         )
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -92,6 +92,5 @@ def _change(rule: Rule, module: nn.Module, backend: str | None) -> Change:
 
 
 def _require_backend(rule: Rule, module: nn.Module, backend: str | None) -> None:
-    if backend is not None:
-        for op, arguments in rule.op_calls(module).items():
-            find_op(op).choose(*arguments, backend=backend)
+    for op, arguments in rule.op_calls(module).items():
+        find_op(op).choose(*arguments, backend=backend)  # looks at $FASTSD_BACKEND too

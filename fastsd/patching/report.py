@@ -129,5 +129,5 @@ def _backends(rule: Rule, module: nn.Module, backend: str | None) -> dict[str, s
 def _backend(op: str, arguments: tuple[Any, ...], backend: str | None) -> str:
     try:
         return find_op(op).choose(*arguments, backend=backend).name
-    except BackendUnavailable as error:
+    except (BackendUnavailable, ValueError) as error:
         return str(error)

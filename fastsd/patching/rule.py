@@ -128,6 +128,8 @@ def select_rules(rules: Iterable[Rule | str] | None) -> tuple[Rule, ...]:
     if rules is None:
         return registered_rules()
     selected: list[Rule] = []
+    if isinstance(rules, str):
+        raise TypeError(f"rules: expected a list of rules or names; got the string {rules!r}")
     for rule in rules:
         if isinstance(rule, str):
             if rule not in _registered:

@@ -59,6 +59,19 @@ def test_everything_else_goes_through_the_module(products):
         convolution.convolve(block().double(), "conv", x.double())
         with torch.autocast("cpu", torch.bfloat16):
             convolution.convolve(block(), "conv", x)
+        tiled = block()
+        tiled.conv._conv_forward = lambda x, weight, bias: F.conv2d(
+            F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias
+        )
+        torch.testing.assert_close(convolution.convolve(tiled, "conv", x), tiled.conv(x), rtol=0, atol=0)
+        convolution.convolve(block(), "conv", torch.randn(8, 128, 4, 4))  # a batch of more positions
+        mkldnn = torch.backends.mkldnn
+        for setting in (mkldnn.matmul, mkldnn.conv):
+            before, setting.fp32_precision = setting.fp32_precision, "bf16"
+            try:
+                convolution.convolve(block(), "conv", x)
+            finally:
+                setting.fp32_precision = before
         hooked, seen = block(), []
         hooked.conv.register_forward_hook(lambda *_: seen.append(True))
         convolution.convolve(hooked, "conv", x)

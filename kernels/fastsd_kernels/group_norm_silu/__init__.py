@@ -10,6 +10,7 @@ from fastsd_kernels.group_norm_silu.reference import group_norm_silu_backward
 from fastsd_kernels.layout import empty_map, is_channels_last
 
 ACTIVATIONS = ("silu", "none")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = """(
     Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, str activation="silu",
     Tensor? channel_bias=None, Tensor? skip=None, str? backend=None
@@ -104,8 +105,10 @@ def _check(
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("channel_bias", channel_bias), ("skip", skip)):
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype; got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
+            )
         if tensor.device != device:
             raise ValueError(f"{name}: expected x's device {device}; got {tensor.device}")
 

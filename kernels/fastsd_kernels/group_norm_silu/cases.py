@@ -29,6 +29,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         ("one_channel_a_group", (1, 6, 4, 4), 6),
         ("one_group", (2, 6, 4, 5), 1),
         ("one_pixel", (3, 8, 1, 1), 4),
+        ("one_value_a_group", (2, 8, 1, 1), 8),
         ("many_rows", (1, 8, 37, 41), 2),
         ("wide_group", (1, 640, 3, 2), 1),
         ("many_channels", (1, 640, 3, 2), 32),
@@ -69,6 +70,10 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         far = x + (2048 if dtype in (torch.float16, torch.bfloat16) else 30000)
         yield Sample(f"large_mean_{layout}", {"x": far, "num_groups": 4, **all_parameters})
         yield Sample(f"large_values_{layout}", {"x": x * 2000, "num_groups": 4, **all_parameters})
+        for pixel in (0, 1500):
+            spiked = feature_map((1, 8, 64, 64), layout, **like)
+            spiked[:, :, pixel // 64, pixel % 64] = 100.0
+            yield Sample(f"spike_at_{pixel}_{layout}", {"x": spiked, "num_groups": 4, "activation": "none"})
         yield Sample(f"constant_{layout}", {"x": torch.full_like(x, 3.0), "num_groups": 4, **all_parameters})
         long = feature_map((1, 8, 37, 41), layout, **like)
         # a mean over many elements is rounded, and rstd is large: what the rounding lost must be made up for

@@ -25,7 +25,7 @@ def group_norm_silu(
         z = z + channel_bias.to(z.dtype).reshape(*channel_bias.shape, *[1] * (z.dim() - 2))
     weight, bias = (None if p is None else p.to(z.dtype) for p in (weight, bias))
     # contiguous: torch's channels_last kernel for the CPU takes E[x²] − mean², and loses a variance beside a large mean
-    y = F.group_norm(z.contiguous(), num_groups, weight, bias, eps)
+    y = torch.group_norm(z.contiguous(), num_groups, weight, bias, eps)
     return F.silu(y) if activation == "silu" else y
 
 
