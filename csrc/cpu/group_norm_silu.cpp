@@ -31,11 +31,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockBytes = 192 * 1024;      // a channels-last block is read twice: small against a core's L2
+constexpr int64_t kBlockBytes = 192 * 1024;      // of a channels-last block; small against a core's L2
 constexpr int64_t kBlockMultiple = 8;            // blocks of a sample: spread evenly over 2, 4 or 8 threads
 constexpr int64_t kFewestRows = 16;              // of a block, or its own cost outweighs its rows
 constexpr int64_t kFetchElements = 64 * 1024;    // fetching more than this ahead would push the present out
-constexpr int64_t kBlockLength = 8 * 1024;       // elements of a channels-first block, which is read twice from L1
+constexpr int64_t kBlockLength = 8 * 1024;       // elements of a channels-first block; small against L1
 constexpr int64_t kElementsPerTask = 16 * 1024;  // less than this is not worth another thread
 
 int64_t ceil_div(int64_t a, int64_t b) {

@@ -168,7 +168,7 @@ static inline void normalise_columns(const T* __restrict x, T* __restrict y, int
 // the arithmetic and the memory wait for each other.
 template <bool silu, typename T>
 static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine) {
-  const int64_t strip = 256, ahead = 4096 / int64_t(sizeof(T));  // 4 KiB, some 50 lines
+  const int64_t strip = 256, ahead = 4096 / int64_t(sizeof(T));  // 4 KiB, 64 cache lines
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += strip) {
       const int64_t n = channels - c < strip ? channels - c : strip;
