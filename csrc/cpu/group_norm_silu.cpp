@@ -13,12 +13,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <vector>
 
 #include "elements.h"
+#include "host.h"
 #include "isa.h"
 
 #define FASTSD_KERNEL "group_norm_silu_kernel.h"
@@ -27,7 +27,6 @@
 namespace fastsd {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
@@ -37,23 +36,6 @@ constexpr int64_t kFewestRows = 16;              // of a block, or its own cost 
 constexpr int64_t kFetchElements = 64 * 1024;    // fetching more than this ahead would push the present out
 constexpr int64_t kBlockLength = 8 * 1024;       // elements of a channels-first block; small against L1
 constexpr int64_t kElementsPerTask = 16 * 1024;  // less than this is not worth another thread
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Uninitialised floats on a cache line of their own, where full-width loads never straddle two.
-class AlignedFloats {
- public:
-  explicit AlignedFloats(int64_t n) : lines_(new Line[ceil_div(n * int64_t(sizeof(float)), sizeof(Line))]) {}
-  float* data() { return lines_[0].values; }
-
- private:
-  struct alignas(64) Line {
-    float values[16];
-  };
-  std::unique_ptr<Line[]> lines_;
-};
 
 template <typename T>
 Kernels<T> kernels_for(Isa isa, bool silu) {
@@ -72,8 +54,8 @@ struct Problem {
   // Channels below x_channels are x's, the others skip's.
   const T *x, *skip;
   T* y;
-  const float *weight, *bias, *channel_bias;  // [channels], [channels], [batch or 1, channels]; each may be null
-  int64_t channel_bias_stride;                // 0 where all samples share one row
+  const float *weight, *bias, *channel_bias;                // [batch or 1, channels]; each may be null
+  int64_t weight_stride, bias_stride, channel_bias_stride;  // from sample to sample, 0 where all share one row
   int64_t batch, x_channels, channels, groups, space;
   double eps;
   Kernels<T> kernels;
@@ -87,13 +69,15 @@ struct Problem {
   // What maps the channels [first, first + group_size) of a group with this mean and sum of squared deviations.
   void map_group(int64_t b, int64_t first, double mean, double squares, Affine affine) const {
     const float* shift = shift_of(b, first);
+    const float* weights = weight ? weight + b * weight_stride + first : nullptr;
+    const float* biases = bias ? bias + b * bias_stride + first : nullptr;
     const double rstd = 1 / std::sqrt(squares / double(group_size() * space) + eps);
     for (int64_t c = 0; c < group_size(); ++c) {
-      const double scale = rstd * (weight ? weight[first + c] : 1.0f);
+      const double scale = rstd * (weights ? weights[c] : 1.0f);
       const double center = mean - (shift ? shift[c] : 0.0f);
       affine.center[c] = float(center);
       affine.scale[c] = float(scale);
-      affine.offset[c] = float((bias ? bias[first + c] : 0.0f) - (center - double(float(center))) * scale);
+      affine.offset[c] = float((biases ? biases[c] : 0.0f) - (center - double(float(center))) * scale);
     }
   }
 
@@ -110,11 +94,22 @@ struct Problem {
     map_group(b, first, group_mean, group_squares, affine);
   }
 
-  void run_channels_last() const {
+  // Positions in a channels-last block.
+  int64_t rows_per_block() const {
     const int64_t sample_bytes = space * channels * int64_t(sizeof(T));
     const int64_t wanted = ceil_div(ceil_div(sample_bytes, kBlockBytes), kBlockMultiple) * kBlockMultiple;
-    const int64_t rows = std::min(space, std::max(ceil_div(space, wanted), kFewestRows)),
-                  blocks = ceil_div(space, rows);
+    return std::min(space, std::max(ceil_div(space, wanted), kFewestRows));
+  }
+
+  // One row of a table [batch, 3, channels].
+  Affine affine_of(float* table, int64_t b) const {
+    float* p = table + b * 3 * channels;
+    return {p, p + channels, p + 2 * channels};
+  }
+
+  // The statistics of a channels-last map, as the table of what normalises it.
+  void fill_affines(float* affines) const {
+    const int64_t rows = rows_per_block(), blocks = ceil_div(space, rows);
     const int64_t stride = 3 * channels, skip_channels = channels - x_channels;
 
     AlignedFloats moments(batch * blocks * stride);
@@ -132,29 +127,29 @@ struct Problem {
       }
     });
 
-    AlignedFloats affines(batch * stride);
-    auto affine_of = [&](int64_t b) {
-      float* p = affines.data() + b * stride;
-      return Affine{p, p + channels, p + 2 * channels};
-    };
     parallel_for(0, batch, ceil_div(kElementsPerTask, blocks * channels), [&](int64_t begin, int64_t end) {
       std::vector<double> mean(channels), squares(channels);
       for (int64_t b = begin; b < end; ++b) {
         kernels.merge_blocks(moments_of(b * blocks), stride, rows, space, channels, mean.data(), squares.data());
         for (int64_t c = 0; c < channels; c += group_size())
-          fold_group(b, c, mean.data() + c, squares.data() + c, affine_of(b).at(c));
+          fold_group(b, c, mean.data() + c, squares.data() + c, affine_of(affines, b).at(c));
       }
     });
+  }
 
+  void run_channels_last() const {
+    const int64_t rows = rows_per_block(), skip_channels = channels - x_channels;
+    AlignedFloats affines(batch * 3 * channels);
+    fill_affines(affines.data());
     parallel_for(0, batch * space, ceil_div(kElementsPerTask, channels), [&](int64_t begin, int64_t end) {
       // from the end, where the statistics left off: what they read last is still in cache
       for (int64_t stop = end; stop > begin;) {
         const int64_t b = (stop - 1) / space, position = std::max({begin, b * space, stop - rows}), n = stop - position;
         T* out = y + position * channels;
-        kernels.normalise_rows(x + position * x_channels, out, n, x_channels, channels, affine_of(b));
+        kernels.normalise_rows(x + position * x_channels, out, n, x_channels, channels, affine_of(affines.data(), b));
         if (skip_channels)
           kernels.normalise_rows(skip + position * skip_channels, out + x_channels, n, skip_channels, channels,
-                                 affine_of(b).at(x_channels));
+                                 affine_of(affines.data(), b).at(x_channels));
         stop = position;
       }
     });
@@ -218,53 +213,68 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// From sample to sample of [channels], [1, channels] or [batch, channels].
+int64_t sample_stride(const std::optional<Tensor>& tensor, int64_t channels) {
+  return tensor && tensor->dim() == 2 && tensor->size(0) > 1 ? channels : 0;
+}
+
 template <typename T>
-void run(const Tensor& x, const std::optional<Tensor>& skip, const std::optional<Tensor>& weight,
-         const std::optional<Tensor>& bias, const std::optional<Tensor>& channel_bias, int64_t groups, double eps,
-         bool silu, bool channels_last, Isa isa, Tensor& out) {
-  const int64_t batch = x.size(0), x_channels = x.size(1), channels = out.size(1);
-  const Problem<T> problem{
+Problem<T> problem_of(const Tensor& x, const std::optional<Tensor>& skip, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& channel_bias, int64_t groups,
+                      double eps, bool silu, Isa isa, void* out) {
+  const int64_t batch = x.size(0), x_channels = x.size(1), channels = x_channels + (skip ? skip->size(1) : 0);
+  int64_t space = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) space *= x.size(d);
+  return {
       static_cast<const T*>(x.const_data_ptr()),
       data_or_null<T>(skip),
-      static_cast<T*>(out.mutable_data_ptr()),
+      static_cast<T*>(out),
       data_or_null<float>(weight),
       data_or_null<float>(bias),
       data_or_null<float>(channel_bias),
-      channel_bias && channel_bias->size(0) > 1 ? channels : 0,
+      sample_stride(weight, channels),
+      sample_stride(bias, channels),
+      sample_stride(channel_bias, channels),
       batch,
       x_channels,
       channels,
       groups,
-      out.numel() / (batch * channels),
+      space,
       eps,
       kernels_for<T>(isa, silu),
   };
-  if (channels_last)
-    problem.run_channels_last();
-  else
-    problem.run_channels_first();
 }
 
-// All tensors dense in the layout named, parameters in float32, out not empty: cpu_impl.py sees to it.
+void check_groups(const Tensor& x, const std::optional<Tensor>& skip, int64_t groups) {
+  const int64_t channels = x.size(1) + (skip ? skip->size(1) : 0);
+  if (x.numel() + (skip ? skip->numel() : 0) == 0 || groups < 1 || channels % groups)
+    throw std::invalid_argument("x, skip: expected at least one element, and channels that the groups divide");
+}
+
+// All tensors dense in the layout named, parameters in float32, x and skip not both empty: cpu_impl.py sees to it.
 void group_norm_silu(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> weight, std::optional<Tensor> bias,
                      std::optional<Tensor> channel_bias, int64_t groups, double eps, bool silu, bool channels_last,
                      int64_t isa, Tensor out) {
-  if (out.numel() == 0 || groups < 1 || out.size(1) % groups)
-    throw std::invalid_argument("out: expected at least one element, and channels that the groups divide");
-  if (isa < 0 || isa > int64_t(best_isa())) throw std::invalid_argument("isa: this machine does not have it");
-  auto call = [&](auto element) {
-    run<decltype(element)>(x, skip, weight, bias, channel_bias, groups, eps, silu, channels_last, Isa(isa), out);
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return call(float{});
-    case ScalarType::Half:
-      return call(c10::Half{});
-    case ScalarType::BFloat16:
-      return call(c10::BFloat16{});
-    default:
-      throw std::invalid_argument("x: expected float16, bfloat16 or float32");
-  }
+  check_groups(x, skip, groups);
+  with_element(x, [&](auto element) {
+    const auto problem = problem_of<decltype(element)>(x, skip, weight, bias, channel_bias, groups, eps, silu,
+                                                       checked_isa(isa), out.mutable_data_ptr());
+    if (channels_last)
+      problem.run_channels_last();
+    else
+      problem.run_channels_first();
+  });
+}
+
+// The same up to the statistics: out [batch, 3, channels] are center, scale and offset of each channel, such that
+// (x - center) * scale + offset is normalised. Channels last; otherwise as above.
+void group_norm_affine(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                       int64_t groups, double eps, int64_t isa, Tensor out) {
+  check_groups(x, skip, groups);
+  with_element(x, [&](auto element) {
+    problem_of<decltype(element)>(x, skip, weight, bias, std::nullopt, groups, eps, false, checked_isa(isa), nullptr)
+        .fill_affines(static_cast<float*>(out.mutable_data_ptr()));
+  });
 }
 
 }  // namespace
@@ -273,10 +283,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
   m.def(
       "group_norm_silu(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? channel_bias, int groups, "
       "float eps, bool silu, bool channels_last, int isa, Tensor(a!) out) -> ()");
+  m.def(
+      "group_norm_affine(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int groups, float eps, int isa, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("group_norm_affine", TORCH_BOX(&group_norm_affine));
 }
 
 }  // namespace fastsd

@@ -1,7 +1,6 @@
 """``fastsd doctor``: every op on every backend that can run here, held to the numerical contract."""
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -85,9 +84,8 @@ def examine(devices: Iterable[torch.device]) -> Iterator[Finding]:
 
 
 def _examine_backend(op: Op, backend: str, device: torch.device) -> Iterator[Finding]:
-    cases = importlib.import_module(f"{op.package.__name__}.cases")
     for name, dtype in arguments.DTYPES.items():
         finding = Finding(op.name, backend, str(device), name)
-        for sample in cases.samples(device, dtype):
+        for sample in op.cases.samples(device, dtype):
             finding.count(op, sample)
         yield finding

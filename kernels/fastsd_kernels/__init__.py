@@ -4,6 +4,7 @@ Each op is a function here, ``torch.ops.fastsd.<op>`` for graph capture, and a p
 reference that defines it and the backends that serve it.
 """
 
+from fastsd_kernels.conv2d import conv2d
 from fastsd_kernels.group_norm_silu import group_norm_silu
 
-__all__ = ["group_norm_silu"]
+__all__ = ["conv2d", "group_norm_silu"]

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import math
 import os
 import re
 import threading
@@ -24,11 +25,26 @@ from torch import Tensor
 
 from fastsd_kernels import cubin_cache
 
+# What sources call the element types that they take
+ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+VECTOR_BYTES = 16  # of the widest access
+MAX_BLOCKS = 2**31 - 1  # of one launch, all in the grid's first dimension
+
 _INSTALL = "run `pip install 'fastsd[cuda]'`"
 _STANDARD = "c++17"
 _CRT_HEADER = "crt/host_defines.h"
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 _DEFINE = re.compile(r"[A-Z][A-Z0-9_]{2,}(=.+)?")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch without its arguments."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
 
 
 @functools.cache
@@ -125,6 +141,23 @@ def launch(
         ) from error
     finally:
         driver.cuCtxPopCurrent()
+
+
+def of_one_dtype(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Contiguous parameters of one dtype that the kernels take: their own if they share one, else float32."""
+    dtypes = {p.dtype for p in parameters if p is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= ELEMENTS.keys() else torch.float32
+    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
+
+
+def alignment(*maps: Tensor | None) -> int:
+    """The largest power of two, up to a vector's bytes, that every address is a multiple of."""
+    return math.gcd(VECTOR_BYTES, *(m.data_ptr() for m in maps if m is not None))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _parameters(args: Sequence[int | float | Tensor | None]) -> tuple[tuple[Any, ...], tuple[type, ...]]:

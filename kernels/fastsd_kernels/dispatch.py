@@ -98,8 +98,8 @@ class Op:
         fake: the result's shape, dtype and strides; takes the arguments without ``backend``.
         setup_context, backward: the gradient, as for :func:`torch.library.register_autograd`; ``backward``
             returns one gradient for each argument, ``backend`` excluded.
-        autocast: device type to dtype: what floating-point arguments are cast to under ``torch.autocast``.
-            A device type that is missing runs on the arguments as they are.
+        autocast: device type to dtype: what floating-point arguments are cast to under ``torch.autocast``, ``None``
+            for the dtype that is in force there. A device type that is missing runs on the arguments as they are.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Op:
         fake: Callable[..., Tensor],
         setup_context: Callable[..., None],
         backward: Callable[..., tuple[Any, ...]],
-        autocast: dict[str, torch.dtype],
+        autocast: dict[str, torch.dtype | None],
     ) -> None:
         self.name = name
         self.check = check
@@ -145,15 +145,23 @@ class Op:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake_kernel, lib=_library)
         torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=_library)
-        for device_type, dtype in autocast.items():
-            torch.library.register_autocast(qualified, device_type, dtype, lib=_library)
         self.overload: Callable[..., Any] = getattr(torch.ops.fastsd, name).default
+        for device_type, dtype in autocast.items():
+            _library.impl(name, _autocast(self.overload, device_type, dtype), f"Autocast{device_type.upper()}")
         _registry[name] = self
 
+    def __call__(self, *args: Any) -> Tensor:
+        """The op on the arguments of its schema, ``backend`` included."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.overload(*args)
+        # what autograd's layer would do too, after some Python of its own
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
     @property
-    def package(self) -> ModuleType:
-        """The op's package; its submodule ``cases`` holds the inputs that the op is tried with."""
-        return importlib.import_module(f"fastsd_kernels.{self.name}")
+    def cases(self) -> ModuleType:
+        """The inputs that the op is tried with: the submodule ``cases`` of its package."""
+        return importlib.import_module(f"fastsd_kernels.{self.name}.cases")
 
     def order(self, device: torch.device) -> list[str]:
         """The backends to ask on ``device``, the fastest first, as measured; see ``backend_order.json``."""
@@ -189,6 +197,24 @@ class Op:
         if refusal is not None:
             raise BackendUnavailable(f"{self.name}: backend {forced!r} cannot be used: {refusal}")
         return self.backends[forced]
+
+
+def _autocast(overload: Callable[..., Any], device_type: str, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    # not torch.library.register_autocast: it casts to one dtype, whatever the user asked for
+    own_keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type != device_type:
+            return value
+        if not value.is_floating_point() or value.dtype is torch.float64:
+            return value
+        return value.to(dtype or torch.get_autocast_dtype(device_type))
+
+    def kernel(*args: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(own_keys):
+            return overload(*map(cast, args))
+
+    return kernel
 
 
 def _refuse_tangents(name: str, args: list[Any]) -> None:

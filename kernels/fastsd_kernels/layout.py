@@ -1,5 +1,7 @@
 """Memory layouts of feature maps ``[B, C, *spatial]``: channels first or channels last."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous()
 
 
-def empty_map(like: Tensor, channels: int, channels_last: bool) -> Tensor:
-    """An uninitialised map with ``like``'s batch, spatial size, dtype and device, and ``channels`` channels."""
-    shape = (like.shape[0], channels, *like.shape[2:])
+def empty_map(like: Tensor, channels: int, channels_last: bool, size: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised map with ``like``'s batch, dtype and device; its size too, unless ``size`` gives another."""
+    shape = (like.shape[0], channels, *(like.shape[2:] if size is None else size))
     if channels_last and len(shape) == 4:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     if channels_last:

@@ -1,32 +1,17 @@
-"""What only the CPU C++ kernel promises: every instruction set, any number of threads, no access out of bounds."""
+"""What only the CPU C++ kernel promises: the same bits with any number of threads, and real sizes."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastsd_kernels import cpu_runtime, group_norm_silu
 from fastsd_kernels.dispatch import BackendUnavailable
-from fastsd_kernels.group_norm_silu import cases, op
-from fastsd_kernels.testing import check_op, feature_map, named
+from fastsd_kernels.group_norm_silu import op
+from fastsd_kernels.testing import feature_map
 
-ROOT = Path(__file__).parents[2]
-SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
 LAYOUTS = ("contiguous", "channels_last")
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_narrower_instruction_sets(isa, name, monkeypatch):
-    index = cpu_runtime.ISAS.index(isa)
-    if index > cpu_runtime.isa():
-        pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setattr(cpu_runtime, "isa", lambda: index)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        check_op(op, named(cases.samples("cpu", dtype), name), "cpu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -90,66 +75,3 @@ def test_more_than_2_31_elements():
     x[-1] = feature_map((2**10, 2**10, 1), "contiguous", device="cpu", dtype=torch.float16)
     last = group_norm_silu(x[-1:].clone(), 32, backend="cpu")
     assert torch.equal(group_norm_silu(x, 32, backend="cpu")[-1:], last)
-
-
-SANITIZED = """
-import importlib.util, sys
-import torch
-spec = importlib.util.spec_from_file_location("fastsd_kernels._cpu", sys.argv[1])
-sys.modules["fastsd_kernels._cpu"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["fastsd_kernels._cpu"])
-from fastsd_kernels import cpu_runtime
-from fastsd_kernels.group_norm_silu import cases, op
-from fastsd_kernels.testing import check_op
-from torch import Tensor
-if len(sys.argv) > 2:  # planted: a skip of half the rows
-    torch.ops.fastsd_cpu.group_norm_silu(
-        torch.randn(1, 8, 64, 64), torch.randn(1, 8, 32, 64), None, None, None, 4, 1e-5, True, False, 0,
-        torch.empty(1, 16, 64, 64))
-for isa in range(cpu_runtime.isa() + 1):
-    cpu_runtime.isa = lambda isa=isa: isa
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for sample in cases.samples("cpu", dtype):
-            check_op(op, sample.map_tensors(lambda t: t.clone()), "cpu")
-print("sanitized run complete")
-"""
-
-
-@pytest.fixture(scope="module")
-def sanitized_extension():
-    folder = ROOT / "build" / "sanitized"
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}/objects"],
-        cwd=ROOT,
-        env=os.environ | {"FASTSD_EXTRA_CFLAGS": flags},
-        check=True,
-        capture_output=True,
-    )
-    return next((folder / "fastsd_kernels").glob("_cpu*.so"))
-
-
-def run_sanitized(extension, *more):
-    libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    return subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(extension), *more],
-        env=os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_sanitizers_find_nothing(sanitized_extension):
-    result = run_sanitized(sanitized_extension)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "sanitized run complete" in result.stdout
-
-
-def test_sanitizers_find_a_planted_overrun(sanitized_extension):
-    result = run_sanitized(sanitized_extension, "planted")
-    assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr

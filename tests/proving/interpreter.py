@@ -6,7 +6,6 @@ child process runs the samples, and the tests that compile live in the parent.
 
 import argparse
 import functools
-import importlib
 import json
 import os
 import subprocess
@@ -92,8 +91,7 @@ def _main() -> None:
         if not hasattr(module, name):
             raise AttributeError(f"expected a constant of {module.__name__}; got {name!r}")
         setattr(module, name, int(value))
-    cases = importlib.import_module(f"{op.package.__name__}.cases")
-    samples = list(cases.samples("cpu", getattr(torch, given.dtype)))
+    samples = list(op.cases.samples("cpu", getattr(torch, given.dtype)))
 
     # with deterministic algorithms torch fills what torch.empty returns with NaN
     torch.use_deterministic_algorithms(True)

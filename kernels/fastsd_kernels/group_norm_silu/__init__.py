@@ -61,7 +61,7 @@ def group_norm_silu(
     Differentiable, twice, in every tensor argument. Source: Wu and He, "Group Normalization", 2018 (eps inside
     the root, biased variance); SiLU is Hendrycks and Gimpel, 2016.
     """
-    return op.overload(x, num_groups, weight, bias, eps, activation, channel_bias, skip, backend)
+    return op(x, num_groups, weight, bias, eps, activation, channel_bias, skip, backend)
 
 
 def _check(

@@ -8,29 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsd_kernels import cuda_runtime
+from fastsd_kernels.cuda_runtime import ELEMENTS, MAX_BLOCKS, VECTOR_BYTES, Launch, alignment, of_one_dtype
 from fastsd_kernels.layout import dense, empty_map, is_channels_last
 
 SOURCE = "group_norm_silu.cu"
-ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 _THREADS = 256
 _WARP = 32
-_VECTOR_BYTES = 16
 _TILE_BYTES = 64  # of a channels-last row: two sectors of memory
 _TILE_CHANNELS = 1024  # bounds shared memory
 _CHUNK_POSITIONS = 2**20  # keeps offsets inside a block within 32 bits
 _BLOCKS_PER_MULTIPROCESSOR = 3  # that many reside at once
-_MAX_BLOCKS = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch without its arguments."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ def plan(
     channels = x_channels + skip_channels
     group_width = channels // num_groups
     itemsize = dtype.itemsize
-    widths = [_VECTOR_BYTES // itemsize >> shift for shift in range(4) if _VECTOR_BYTES // itemsize >> shift]
+    widths = [VECTOR_BYTES // itemsize >> shift for shift in range(4) if VECTOR_BYTES // itemsize >> shift]
     rows = (x_channels, skip_channels) if channels_last else (space,)
 
     def fits(vector: int) -> bool:
@@ -124,8 +113,6 @@ def plan(
 
 
 def unavailable() -> str | None:
-    from fastsd_kernels import cuda_runtime
-
     return cuda_runtime.unavailable()
 
 
@@ -136,15 +123,13 @@ def reject(x: Tensor, num_groups: int, *args: object) -> str | None:
         return f"x is {x.dtype}; the cuda backend takes float16, bfloat16 and float32"
     skip = args[-1]
     channels = x.shape[1] + (skip.shape[1] if isinstance(skip, Tensor) else 0)
-    if x.shape[0] * channels > _MAX_BLOCKS:
-        return f"x has {x.shape[0]} samples of {channels} channels; the cuda backend takes up to {_MAX_BLOCKS} in all"
+    if x.shape[0] * channels > MAX_BLOCKS:
+        return f"x has {x.shape[0]} samples of {channels} channels; the cuda backend takes up to {MAX_BLOCKS} in all"
     return None
 
 
 def run(x: Tensor, *args: object) -> Tensor:
-    from fastsd_kernels import cuda_runtime
-
-    return compute(cuda_runtime.launch, _multiprocessors(x.device), x, *args)  # type: ignore[arg-type]
+    return compute(cuda_runtime.launch, cuda_runtime.multiprocessors(x.device), x, *args)  # type: ignore[arg-type]
 
 
 def compute(
@@ -169,7 +154,7 @@ def compute(
 
     x = dense(x, channels_last)
     skip = None if skip is None else dense(skip, channels_last)
-    weight, bias, channel_bias = _of_one_dtype(weight, bias, channel_bias)
+    weight, bias, channel_bias = of_one_dtype(weight, bias, channel_bias)
     space = x.shape[2:].numel()
     p = plan(
         batch=batch,
@@ -180,7 +165,7 @@ def compute(
         channels_last=channels_last,
         dtype=x.dtype,
         parameter_dtype=next((p.dtype for p in (weight, bias, channel_bias) if p is not None), torch.float32),
-        alignment=_alignment(x, skip, out),
+        alignment=alignment(x, skip, out),
         multiprocessors=multiprocessors,
     )
     partials = x.new_empty((batch, num_groups, p.splits, 3), dtype=torch.float32)  # mean, residue, M2
@@ -201,20 +186,3 @@ def compute(
             args=args,
         )
     return out
-
-
-def _of_one_dtype(*parameters: Tensor | None) -> list[Tensor | None]:
-    """Contiguous parameters of one dtype that the kernels take: their own if they share one, else float32."""
-    dtypes = {p.dtype for p in parameters if p is not None}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= ELEMENTS.keys() else torch.float32
-    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
-
-
-def _alignment(*maps: Tensor | None) -> int:
-    """The largest power of two, up to a vector's bytes, that every address is a multiple of."""
-    return math.gcd(_VECTOR_BYTES, *(m.data_ptr() for m in maps if m is not None))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

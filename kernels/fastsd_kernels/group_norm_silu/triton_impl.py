@@ -1,26 +1,20 @@
 """group_norm_silu in Triton: two launches, without atomics, for either layout."""
 
 import functools
-import os
-import shutil
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsd_kernels import triton_runtime
 from fastsd_kernels.layout import dense, empty_map, is_channels_last
+from fastsd_kernels.triton_runtime import Launch, ceil_div, ceil_power_of_2, contiguous, row_stride, unavailable
 
-try:
-    import triton
-
+if triton_runtime.triton is not None:
     from fastsd_kernels.group_norm_silu import triton_kernels as kernels
-except ModuleNotFoundError as missing:
-    if missing.name != "triton":
-        raise
-    triton = None
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PARAMETER_DTYPES = (*DTYPES, torch.float64)
+__all__ = ["launches", "plan", "reject", "run", "statistics", "unavailable"]
 
 # One program for each multiprocessor of the largest card; beyond four, a program walks over several tiles
 FEWEST_PROGRAMS, MOST_PROGRAMS = 132, 528
@@ -51,36 +45,24 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-class Launch(NamedTuple):
-    """One kernel launch: ``kernel[grid](*args, num_warps=num_warps)``."""
-
-    kernel: Any
-    grid: tuple[int]
-    args: tuple[Any, ...]
-    num_warps: int
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](*self.args, num_warps=self.num_warps)
-
-
 @functools.cache
 def plan(batch: int, channels: int, groups: int, space: int, channels_last: bool, itemsize: int) -> Plan:
     """The tiles for maps ``[batch, channels, space]`` of ``itemsize`` bytes an element; none of the sizes is 0."""
     group_channels = channels // groups
     groups_per_tile, tiles_per_group, block_c = _channel_tile(group_channels, groups, channels_last, itemsize)
-    channel_tiles = _ceil_div(groups, groups_per_tile) * tiles_per_group
+    channel_tiles = ceil_div(groups, groups_per_tile) * tiles_per_group
 
     lanes_a_program = batch * channel_tiles * block_c * space // FEWEST_PROGRAMS
     lanes = min(max(_floor_power_of_2(lanes_a_program), FEWEST_LANES), MOST_LANES)
     block_s = max(lanes // block_c, 1 if channels_last else FEWEST_POSITIONS_FIRST)
-    block_s = min(block_s, _ceil_power_of_2(space))
+    block_s = min(block_s, ceil_power_of_2(space))
 
-    tiles = _ceil_div(space, block_s)
+    tiles = ceil_div(space, block_s)
     splits = min(tiles, max(MOST_PROGRAMS // (batch * channel_tiles), 1))
-    tiles_per_split = _ceil_div(tiles, splits)
-    splits = _ceil_div(tiles, tiles_per_split)
+    tiles_per_split = ceil_div(tiles, splits)
+    splits = ceil_div(tiles, tiles_per_split)
 
-    block_g = _ceil_power_of_2(groups_per_tile)
+    block_g = ceil_power_of_2(groups_per_tile)
     return Plan(
         groups_per_tile=groups_per_tile,
         tiles_per_group=tiles_per_group,
@@ -90,7 +72,7 @@ def plan(batch: int, channels: int, groups: int, space: int, channels_last: bool
         block_c=block_c,
         block_s=block_s,
         block_g=block_g,
-        block_p=min(_ceil_power_of_2(splits * tiles_per_group), MOST_MERGED // block_g),
+        block_p=min(ceil_power_of_2(splits * tiles_per_group), MOST_MERGED // block_g),
         num_warps=max(_floor_power_of_2(block_c * block_s // LANES_PER_WARP), 1),
     )
 
@@ -99,26 +81,18 @@ def _channel_tile(group_channels: int, groups: int, channels_last: bool, itemsiz
     """Groups a tile, tiles a group, and the tile's channels as a power of two: the fewest idle lanes."""
     most = MOST_CHANNELS_LAST if channels_last else MOST_CHANNELS_FIRST
     if group_channels > most:
-        return 1, _ceil_div(group_channels, most), most
+        return 1, ceil_div(group_channels, most), most
 
     def cost(groups_per_tile: int) -> tuple[bool, int, int, int]:
         tile_bytes = groups_per_tile * group_channels * itemsize
-        lanes = _ceil_div(groups, groups_per_tile) * _ceil_power_of_2(groups_per_tile * group_channels)
+        lanes = ceil_div(groups, groups_per_tile) * ceil_power_of_2(groups_per_tile * group_channels)
         if not channels_last:
             return False, lanes, 0, groups_per_tile
         # 16 bytes is the widest load, 128 a cache line
         return tile_bytes % 16 != 0, lanes, max(128 - tile_bytes, 0), groups_per_tile
 
     groups_per_tile = min(range(1, min(groups, MOST_GROUPS, most // group_channels) + 1), key=cost)
-    return groups_per_tile, 1, _ceil_power_of_2(groups_per_tile * group_channels)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _ceil_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return groups_per_tile, 1, ceil_power_of_2(groups_per_tile * group_channels)
 
 
 def _floor_power_of_2(n: int) -> int:
@@ -142,50 +116,38 @@ def launches(
     if y.numel() == 0:
         return y, ()
 
-    batch, space = x.shape[0], y.numel() // (x.shape[0] * channels)
     if skip is not None and (x.shape[1] == 0 or skip.shape[1] == 0):
         x, skip = (skip, None) if x.shape[1] == 0 else (x, None)
     x, skip = dense(x, channels_last), None if skip is None else dense(skip, channels_last)
-    weight, bias, channel_bias = _contiguous(weight), _contiguous(bias), _contiguous(channel_bias)
-    channel_bias_stride = 0 if channel_bias is None or channel_bias.shape[0] == 1 else channels
+    weight, bias, channel_bias = contiguous(weight), contiguous(bias), contiguous(channel_bias)
 
+    p, parts, moments = statistics(x, skip, num_groups, channel_bias, channels_last)
+    _, _, _, _, *geometry = moments.args
+    args = (x, skip, channel_bias, weight, bias, parts, y, eps, *geometry, p.block_p, activation == "silu")
+    return y, (moments, Launch(kernels.normalise_activate, moments.grid, args, p.num_warps))
+
+
+def statistics(
+    x: Tensor,  # [B, C1, *S]
+    skip: Tensor | None,  # [B, C2, *S]
+    num_groups: int,
+    channel_bias: Tensor | None,  # [B, C] or [1, C], C = C1 + C2
+    channels_last: bool,
+) -> tuple[Plan, Tensor, Launch]:
+    """The cut of the maps, the moments of its parts, uninitialised, and the launch that fills them.
+
+    The maps are dense in the layout that ``channels_last`` says, the bias is contiguous, and no size is 0.
+    """
+    batch, x_channels = x.shape[:2]
+    channels, space = x_channels + (0 if skip is None else skip.shape[1]), math.prod(x.shape[2:])
     p = plan(batch, channels, num_groups, space, channels_last, x.element_size())
     parts = x.new_empty((batch, p.splits * p.tiles_per_group, 2, num_groups), dtype=torch.float32)
-    grid = (batch * p.splits * p.channel_tiles,)
-    shape = (x.shape[1], channels, space, channel_bias_stride, p.channel_tiles, p.splits, p.tiles_per_split)
+    shape = (x_channels, channels, space, row_stride(channel_bias), p.channel_tiles, p.splits, p.tiles_per_split)
     tile = (
         channels_last, channels // num_groups, p.groups_per_tile, p.tiles_per_group, p.block_c, p.block_s, p.block_g
     )  # fmt: skip
-    silu = activation == "silu"
-    return y, (
-        Launch(kernels.group_statistics, grid, (x, skip, channel_bias, parts, *shape, *tile), p.num_warps),
-        Launch(
-            kernels.normalise_activate,
-            grid,
-            (x, skip, channel_bias, weight, bias, parts, y, eps, *shape, silu, *tile, p.block_p),
-            p.num_warps,
-        ),
-    )
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
-@functools.cache
-def unavailable() -> str | None:
-    if triton is None:
-        return "Triton is not installed; `pip install triton` installs it"
-    if not _interpreted() and not torch.cuda.is_available():
-        return "torch sees no GPU; use backend='cpu', or set TRITON_INTERPRET=1 to run the kernels in the interpreter"
-    if not _interpreted() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler to build its launcher; install gcc or clang, or name one in CC"
-    return None
-
-
-@functools.cache
-def _interpreted() -> bool:
-    return not isinstance(kernels.group_statistics, triton.JITFunction)
+    grid = (batch * p.splits * p.channel_tiles,)
+    return p, parts, Launch(kernels.group_statistics, grid, (x, skip, channel_bias, parts, *shape, *tile), p.num_warps)
 
 
 def reject(
@@ -198,22 +160,10 @@ def reject(
     channel_bias: Tensor | None,
     skip: Tensor | None,
 ) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"expected x in float16, bfloat16 or float32; got {x.dtype}; cast it or use backend='reference'"
-    for name, parameter in (("weight", weight), ("bias", bias), ("channel_bias", channel_bias)):
-        if parameter is not None and parameter.dtype not in PARAMETER_DTYPES:
-            return f"expected {name} in float16, bfloat16, float32 or float64; got {parameter.dtype}; cast it"
-    if _interpreted():
-        if x.dtype is torch.bfloat16:
-            return "Triton's interpreter rounds bfloat16 wrongly; use float16 or float32, or unset TRITON_INTERPRET"
-    elif not x.is_cuda:
-        return f"expected x on a GPU; got it on {x.device}; move it there or use backend='cpu'"
-    return None
+    return triton_runtime.reject(x, weight=weight, bias=bias, channel_bias=channel_bias)
 
 
 def run(x: Tensor, *args: Any) -> Tensor:
     y, steps = launches(x, *args)
-    with torch.cuda.device_of(x):
-        for launch in steps:
-            launch()
+    triton_runtime.run(x, steps)
     return y

@@ -79,7 +79,7 @@ def _program(splits, channel_tiles):
 
 
 @triton.jit
-def _channel_tile(
+def channel_tile(
     tile,
     channels,
     GROUP_CHANNELS: tl.constexpr,
@@ -120,7 +120,7 @@ def group_statistics(
     BLOCK_G: tl.constexpr,
 ):
     sample, split, tile = _program(splits, channel_tiles)
-    first_group, c, c_inside = _channel_tile(tile, channels, GROUP_CHANNELS, GROUPS_PER_TILE, TILES_PER_GROUP, BLOCK_C)
+    first_group, c, c_inside = channel_tile(tile, channels, GROUP_CHANNELS, GROUPS_PER_TILE, TILES_PER_GROUP, BLOCK_C)
 
     first = split.to(tl.int64) * tiles_per_split * BLOCK_S
     count = 0.0
@@ -202,24 +202,16 @@ def _merged_parts(
 
 
 @triton.jit
-def normalise_activate(
-    x_ptr,  # [B, C1, S]
-    skip_ptr,  # [B, C2, S] or None
-    channel_bias_ptr,  # [B, C] or [1, C], or None
-    weight_ptr,  # [C] or None
-    bias_ptr,  # [C] or None
-    parts_ptr,  # [B, splits * TILES_PER_GROUP, 2, G], from group_statistics
-    y_ptr,  # out: [B, C, S]
+def channel_statistics(
+    parts_ptr,
     eps,
-    x_channels,
+    sample,
+    first_group,
+    c,
     channels,
     space,
-    channel_bias_stride,
-    channel_tiles,
     splits,
     tiles_per_split,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS_PER_TILE: tl.constexpr,
     TILES_PER_GROUP: tl.constexpr,
@@ -228,20 +220,12 @@ def normalise_activate(
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    sample, split, tile = _program(splits, channel_tiles)
-    first_group, c, c_inside = _channel_tile(tile, channels, GROUP_CHANNELS, GROUPS_PER_TILE, TILES_PER_GROUP, BLOCK_C)
-
-    # asked for before the statistics are merged, so that the two wait for memory together
-    s = split.to(tl.int64) * tiles_per_split * BLOCK_S + tl.arange(0, BLOCK_S)
-    inside = c_inside[:, None] & (s < space)[None, :]
-    x = _load(x_ptr, skip_ptr, sample, c, s, inside, x_channels, channels, space, CHANNELS_LAST)
-
-    groups = channels // GROUP_CHANNELS
+    """Mean and 1/sqrt(variance + eps) of the group of each of the channels ``c`` of a tile, ``[BLOCK_C]``."""
     mean, m2 = _merged_parts(
         parts_ptr,
         sample,
         first_group,
-        groups,
+        channels // GROUP_CHANNELS,
         space,
         splits,
         tiles_per_split,
@@ -258,8 +242,62 @@ def normalise_activate(
 
     # channels side by side: each thread sums over the groups of its own
     member = (c // GROUP_CHANNELS - first_group)[None, :] == tl.arange(0, BLOCK_G)[:, None]
-    channel_mean = tl.sum(tl.where(member, mean[:, None], 0.0), 0)
-    scale = tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
+    return tl.sum(tl.where(member, mean[:, None], 0.0), 0), tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
+
+
+@triton.jit
+def normalise_activate(
+    x_ptr,  # [B, C1, S]
+    skip_ptr,  # [B, C2, S] or None
+    channel_bias_ptr,  # [B, C] or [1, C], or None
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    parts_ptr,  # [B, splits * TILES_PER_GROUP, 2, G], from group_statistics
+    y_ptr,  # out: [B, C, S]
+    eps,
+    x_channels,
+    channels,
+    space,
+    channel_bias_stride,
+    channel_tiles,
+    splits,
+    tiles_per_split,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS_PER_TILE: tl.constexpr,
+    TILES_PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    sample, split, tile = _program(splits, channel_tiles)
+    first_group, c, c_inside = channel_tile(tile, channels, GROUP_CHANNELS, GROUPS_PER_TILE, TILES_PER_GROUP, BLOCK_C)
+
+    # asked for before the statistics are merged, so that the two wait for memory together
+    s = split.to(tl.int64) * tiles_per_split * BLOCK_S + tl.arange(0, BLOCK_S)
+    inside = c_inside[:, None] & (s < space)[None, :]
+    x = _load(x_ptr, skip_ptr, sample, c, s, inside, x_channels, channels, space, CHANNELS_LAST)
+
+    channel_mean, scale = channel_statistics(
+        parts_ptr,
+        eps,
+        sample,
+        first_group,
+        c,
+        channels,
+        space,
+        splits,
+        tiles_per_split,
+        GROUP_CHANNELS,
+        GROUPS_PER_TILE,
+        TILES_PER_GROUP,
+        BLOCK_C,
+        BLOCK_S,
+        BLOCK_G,
+        BLOCK_P,
+    )
     offset = tl.zeros([BLOCK_C], tl.float32)
     if channel_bias_ptr is not None:
         bias_ptrs = channel_bias_ptr + sample.to(tl.int64) * channel_bias_stride + c

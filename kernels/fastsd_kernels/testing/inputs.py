@@ -11,10 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call of an op's public function, all by keyword."""
+    """Arguments of one call of an op's public function, all by keyword.
+
+    ``relative_l2`` is set where the contract allows that much beside float64, whatever plain PyTorch's error is.
+    """
 
     name: str
     kwargs: dict[str, Any]
+    relative_l2: float | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -27,6 +31,7 @@ class Sample:
                 name: function(value) if isinstance(value, Tensor) and value.is_floating_point() else value
                 for name, value in self.kwargs.items()
             },
+            self.relative_l2,
         )
 
     def requiring_grad(self) -> "Sample":

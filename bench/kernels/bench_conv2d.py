@@ -1,0 +1,100 @@
+"""conv2d at the shapes of SD1.5, SDXL and the VAE decoder, as a function: weights are packed in each call.
+
+With copies of the weights kept, as in a patched model, see ``python -m bench blocks``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
+from fastsd_kernels.testing import Sample, feature_map
+from fastsd_kernels.testing.inputs import random_tensor
+
+NUM_GROUPS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """The first convolution of a residual block on a square map: norm, SiLU, convolution and time embedding."""
+
+    batch: int
+    channels: int
+    skip_channels: int
+    out_channels: int
+    side: int
+    layout: str
+
+    @property
+    def name(self) -> str:
+        channels = f"{self.channels}+{self.skip_channels}" if self.skip_channels else f"{self.channels}"
+        return f"{self.batch}x{channels}->{self.out_channels}x{self.side}x{self.side} {self.layout}"
+
+
+_SHAPES = (
+    (1, 320, 0, 320, 64),
+    (1, 640, 320, 320, 64),
+    (1, 640, 0, 640, 32),
+    (1, 1280, 640, 640, 32),
+    (1, 1280, 0, 1280, 16),
+    (1, 1280, 1280, 1280, 16),
+    (1, 1280, 0, 1280, 8),
+    (2, 320, 0, 320, 64),
+    (2, 320, 0, 320, 128),
+    (1, 512, 0, 512, 64),
+    (1, 256, 0, 256, 256),
+)
+CASES = {
+    case.name: case
+    for shape in _SHAPES
+    for layout in ("contiguous", "channels_last")
+    for case in [Case(*shape, layout)]
+}
+
+
+def sample(name: str, device: torch.device, dtype: torch.dtype) -> Sample:
+    """The call named ``BATCHxCHANNELS[+SKIP]->OUTxHEIGHTxWIDTH LAYOUT``."""
+    case = CASES[name]
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
+    channels, size = case.channels + case.skip_channels, (case.side, case.side)
+    weight = random_tensor((case.out_channels, channels, 3, 3), **like) * (9 * channels) ** -0.5
+    given = {
+        "x": feature_map((case.batch, case.channels, *size), case.layout, **like),
+        "weight": weight,
+        "bias": torch.zeros(case.out_channels, **like),
+        "padding": 1,
+        "skip": feature_map((case.batch, case.skip_channels, *size), case.layout, **like)
+        if case.skip_channels
+        else None,
+        "num_groups": NUM_GROUPS,
+        "norm_weight": torch.ones(channels, **like),
+        "norm_bias": torch.zeros(channels, **like),
+        "activation": "silu",
+        "channel_bias": random_tensor((case.batch, case.out_channels), **like),
+    }
+    return Sample(name, given, WINOGRAD_RELATIVE_L2 if dtype == torch.float32 else None)
+
+
+def eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    activation: str,
+    channel_bias: Tensor,
+) -> Tensor:
+    z = x if skip is None else torch.cat([x, skip], dim=1)
+    z = F.silu(F.group_norm(z, num_groups, norm_weight, norm_bias))
+    return F.conv2d(z, weight, bias, padding=padding) + channel_bias[:, :, None, None]
+
+
+def flops(x: Tensor, weight: Tensor, **others: object) -> int:
+    """Of the convolution as defined; Winograd's algorithms do fewer."""
+    return 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3]

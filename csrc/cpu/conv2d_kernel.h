@@ -1,0 +1,238 @@
+// The vectorised loops of conv2d, compiled once per instruction set by foreach_isa.h.
+
+#include "silu_kernel.h"
+
+typedef float Vector __attribute__((vector_size(4 * FASTSD_LANES)));
+constexpr int kLanes = FASTSD_LANES;
+
+static inline __attribute__((always_inline)) void read(const float* p, Vector& v) {
+  __builtin_memcpy(&v, p, sizeof v);
+}
+
+static inline __attribute__((always_inline)) void write(float* p, const Vector& v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// N channels of a pixel, from the c-th on; N is a constant, or the loop's set-up would cost more than its body.
+template <int N, bool silu, typename T>
+static inline __attribute__((always_inline)) void activate_channels(const T* __restrict x, float* __restrict y,
+                                                                    Normalisation norm, int64_t c) {
+  x += c;
+  y += c;
+  if (!norm.center) {
+    for (int i = 0; i < N; ++i) y[i] = activate<silu>(load(x + i));
+    return;
+  }
+  const float* __restrict center = norm.center + c, * __restrict scale = norm.scale + c, * __restrict offset = norm.offset + c;
+  for (int i = 0; i < N; ++i) y[i] = activate<silu>((load(x + i) - center[i]) * scale[i] + offset[i]);
+}
+
+// The pixels of a window, normalised and activated, to[height, width, to_pixel]; zero where the padding is.
+template <bool silu, typename T>
+static void gather(const Channels<T>& from, Normalisation norm, Window window, float* to, int64_t to_pixel) {
+  for (int64_t i = 0; i < window.height; ++i)
+    for (int64_t j = 0; j < window.width; ++j) {
+      float* y = to + (i * window.width + j) * to_pixel;
+      if (window.rows[i] < 0 || window.columns[j] < 0) {
+        for (int64_t c = 0; c < from.count; ++c) y[c] = 0.0f;
+        continue;
+      }
+      const T* x = from.data + window.rows[i] * from.per_row + window.columns[j] * from.per_pixel;
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= from.count; c += 4 * kLanes) activate_channels<4 * kLanes, silu>(x, y, norm, c);
+      for (; c + kLanes <= from.count; c += kLanes) activate_channels<kLanes, silu>(x, y, norm, c);
+      for (; c < from.count; ++c) activate_channels<1, silu>(x, y, norm, c);
+    }
+}
+
+// A side of the square of frequencies of a tile of M times M pixels.
+template <int M>
+constexpr int kSide = M == 1 ? 1 : M + 2;
+
+// y = B^T x for F(2, 3) and F(4, 3); Lavin and Gray, 2015.
+template <int M, typename V>
+static inline __attribute__((always_inline)) void input_matrix(const V* x, V* y) {
+  if constexpr (M == 2) {
+    y[0] = x[0] - x[2];
+    y[1] = x[1] + x[2];
+    y[2] = x[2] - x[1];
+    y[3] = x[1] - x[3];
+  } else {
+    const V a = x[4] - 4.0f * x[2], b = x[3] - 4.0f * x[1], c = x[4] - x[2], d = 2.0f * (x[3] - x[1]);
+    y[0] = 4.0f * x[0] + (x[4] - 5.0f * x[2]);
+    y[1] = a + b;
+    y[2] = a - b;
+    y[3] = c + d;
+    y[4] = c - d;
+    y[5] = 4.0f * x[1] + (x[5] - 5.0f * x[3]);
+  }
+}
+
+// Every tile of a row: pixels[N, row / pixel, pixel] -> out[frequency][tile][channel], N * N frequencies.
+// Neighbouring tiles share two columns of pixels. `channels` is rounded up to whole vectors.
+template <int M>
+static void transform_input(const float* pixels, int64_t row, int64_t pixel, int64_t tiles, int64_t channels,
+                            float* out, int64_t per_frequency, int64_t per_tile) {
+  constexpr int N = kSide<M>;
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const float* from = pixels + t * M * pixel + c;
+      float* to = out + t * per_tile + c;
+      Vector half[N][N];
+      for (int j = 0; j < N; ++j) {
+        Vector x[N], y[N];
+        for (int i = 0; i < N; ++i) read(from + i * row + j * pixel, x[i]);
+        input_matrix<M>(x, y);
+        for (int i = 0; i < N; ++i) half[i][j] = y[i];
+      }
+      for (int i = 0; i < N; ++i) {
+        Vector y[N];
+        input_matrix<M>(half[i], y);
+        for (int j = 0; j < N; ++j) write(to + (i * N + j) * per_frequency, y[j]);
+      }
+    }
+}
+
+// out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers.
+template <int R>
+static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const float* b, float* out, int64_t out_row,
+                          bool add) {
+  for (int s = 0; s < kPanel; s += 2 * kLanes) {
+    Vector sum[R][2] = {};
+    if (add)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < 2; ++v) read(out + r * out_row + s + v * kLanes, sum[r][v]);
+    for (int64_t k = 0; k < depth; ++k) {
+      Vector left, right;
+      read(b + k * kPanel + s, left);
+      read(b + k * kPanel + s + kLanes, right);
+      for (int r = 0; r < R; ++r) {
+        const float value = a[r * a_row + k];
+        sum[r][0] += value * left;
+        sum[r][1] += value * right;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 2; ++v) write(out + r * out_row + s + v * kLanes, sum[r][v]);
+  }
+}
+
+// As many rows at a time as the registers hold; the rows are spread evenly, so that none is left for a slow last step.
+static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
+                           int64_t out_row, bool add) {
+  constexpr int most = FASTSD_VECTORS == 32 ? 12 : 6;
+  const int64_t steps = (rows + most - 1) / most;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t first = step * rows / steps, n = (step + 1) * rows / steps - first;
+    const float* from = a + first * a_row;
+    float* to = out + first * out_row;
+    switch (n) {
+#define FASTSD_ROWS(R)                                         \
+  case R:                                                      \
+    multiply_rows<R>(from, depth, a_row, b, to, out_row, add); \
+    break;
+      FASTSD_ROWS(1)
+      FASTSD_ROWS(2)
+      FASTSD_ROWS(3)
+      FASTSD_ROWS(4)
+      FASTSD_ROWS(5)
+      FASTSD_ROWS(6)
+#if FASTSD_VECTORS == 32
+      FASTSD_ROWS(7)
+      FASTSD_ROWS(8)
+      FASTSD_ROWS(9)
+      FASTSD_ROWS(10)
+      FASTSD_ROWS(11)
+      FASTSD_ROWS(12)
+#endif
+#undef FASTSD_ROWS
+    }
+  }
+}
+
+// out[rows, kPanel] = a[rows, depth] b[depth, kPanel], so much of the depth at a time that b's part stays in the cache.
+static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
+                     int64_t out_row) {
+  const int64_t steps = (depth + 2559) / 2560;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
+    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, step > 0);
+  }
+}
+
+// y = A^T x for F(2, 3) and F(4, 3); a product of columns is its result.
+template <int M, typename V>
+static inline __attribute__((always_inline)) void output_matrix(const V* x, V* y) {
+  if constexpr (M == 1) {
+    y[0] = x[0];
+  } else if constexpr (M == 2) {
+    y[0] = x[0] + x[1] + x[2];
+    y[1] = x[1] - x[2] - x[3];
+  } else {
+    const V a = x[1] + x[2], b = x[1] - x[2], c = x[3] + x[4], d = x[3] - x[4];
+    y[0] = x[0] + a + c;
+    y[1] = b + 2.0f * d;
+    y[2] = a + 4.0f * c;
+    y[3] = b + 8.0f * d + x[5];
+  }
+}
+
+// n channels of one pixel, n at most kLanes.
+template <typename T>
+static inline void finish(const float* __restrict sum, const float* __restrict bias, const T* __restrict residual,
+                          float scale, T* __restrict out, int64_t n) {
+  if (residual)
+    for (int64_t c = 0; c < n; ++c) store(out + c, (sum[c] + bias[c] + load(residual + c)) * scale);
+  else
+    for (int64_t c = 0; c < n; ++c) store(out + c, (sum[c] + bias[c]) * scale);
+}
+
+// One tile: (A^T sums A + bias + residual) * scale, of which height times width pixels are inside the map.
+template <int M, typename T>
+static void transform_output(const float* sums, int64_t per_frequency, int64_t channels, const float* bias, float scale,
+                             int64_t height, int64_t width, const Destination<T>& to) {
+  constexpr int N = kSide<M>;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Vector half[M][N];
+    for (int j = 0; j < N; ++j) {
+      Vector x[N], y[M];
+      for (int i = 0; i < N; ++i) read(sums + (i * N + j) * per_frequency + c, x[i]);
+      output_matrix<M>(x, y);
+      for (int i = 0; i < M; ++i) half[i][j] = y[i];
+    }
+    const int64_t n = channels - c < kLanes ? channels - c : kLanes;
+    for (int i = 0; i < M && i < height; ++i) {
+      Vector y[M];
+      output_matrix<M>(half[i], y);
+      for (int j = 0; j < M && j < width; ++j) {
+        float pixel[kLanes];
+        write(pixel, y[j]);
+        const int64_t at = i * to.per_row + j * to.per_pixel + c;
+        const T* residual = to.residual ? to.residual + at : nullptr;
+        if (n == kLanes)
+          finish(pixel, bias + c, residual, scale, to.out + at, kLanes);
+        else
+          finish(pixel, bias + c, residual, scale, to.out + at, n);
+      }
+    }
+  }
+}
+
+template <int M, typename T>
+static ConvolutionKernels<T> convolution_kernels(bool silu) {
+  constexpr int winograd = M == 1 ? 2 : M;  // columns are copied, not transformed
+  return {silu ? gather<true, T> : gather<false, T>, transform_input<winograd>, multiply, transform_output<M, T>};
+}
+
+// Horner's rule in 64 interleaved lanes; an odd factor, so that no single change can vanish.
+static uint64_t digest_of(const uint32_t* data, int64_t n) {
+  constexpr int lanes = 64;
+  uint32_t sum[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int j = 0; j < lanes; ++j) sum[j] = sum[j] * 0x9e3779b1u + data[i + j];
+  for (int j = 0; i < n; ++i, ++j) sum[j] = sum[j] * 0x9e3779b1u + data[i];
+  uint64_t all = uint64_t(n);
+  for (uint32_t part : sum) all = all * 0x9e3779b97f4a7c15 + part;
+  return all;
+}

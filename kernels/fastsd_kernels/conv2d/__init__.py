@@ -1,0 +1,261 @@
+"""Convolution in one op with what surrounds it in a residual block: norm and activation, skip, bias, residual sum."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd_kernels.conv2d.reference import conv2d as definition
+from fastsd_kernels.conv2d.sizes import output_size
+from fastsd_kernels.dispatch import Op
+from fastsd_kernels.gradient import gradient_of
+from fastsd_kernels.layout import empty_map, is_channels_last
+
+ACTIVATIONS = ("none", "silu")
+ALGORITHMS = ("direct", "product", "winograd2", "winograd4", "implicit_gemm")
+KERNEL_SIZES = (1, 3)
+STRIDES = (1, 2)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SCHEMA = """(
+    Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[4] padding=0, Tensor? skip=None,
+    int num_groups=0, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, Tensor? mean=None,
+    Tensor? rstd=None, str activation="none", SymInt[2]? upsample_size=None, Tensor? channel_bias=None,
+    Tensor? residual=None, float output_scale=1.0, str? algorithm=None, str? backend=None
+) -> Tensor"""
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int | Sequence[int] = 0,
+    *,
+    skip: Tensor | None = None,
+    num_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    activation: str = "none",
+    upsample_size: Sequence[int] | None = None,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 1.0,
+    algorithm: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Convolve a map that is normalised, activated and enlarged on the way in, and summed up on the way out.
+
+    .. math::
+        z = \mathrm{cat}(x, \mathrm{skip}), \qquad
+        u = \mathrm{act}\Big(\frac{z - \mathrm{mean}_g}{\sqrt{\mathrm{var}_g + \mathrm{eps}}} \, w_n + b_n\Big), \qquad
+        y = \big(W * \mathrm{nearest}(u) + \mathrm{bias} + \mathrm{channel\_bias} + \mathrm{residual}\big) \, s
+
+    Neither the concatenation, nor the normalised map, nor the enlarged one is meant to be materialised; a backend says
+    in its documentation where it does. Zero padding is of u, behind norm and activation.
+
+    Args:
+        x: ``[B, C1, H, W]``, float16, bfloat16, float32 or float64; any strides.
+        weight: ``[K, C, 1, 1]`` or ``[K, C, 3, 3]`` with C = C1 + C2, ``x``'s dtype.
+        bias: ``[K]``, any floating-point dtype; ``None`` for 0.
+        stride: 1 or 2.
+        padding: zeros on every side, or ``(left, right, top, bottom)`` as for :func:`torch.nn.functional.pad`.
+        skip: ``[B, C2, H, W]``, ``x``'s dtype; read behind ``x`` in place of a concatenation.
+        num_groups: of the GroupNorm; 0 for no norm. Must divide C.
+        norm_weight, norm_bias: ``[C]``, or ``[B, C]`` for scale and shift by sample; any floating-point dtype.
+        eps: added to the variance.
+        mean, rstd: ``[B, num_groups]``, statistics of z that are known already; both or none.
+        activation: ``"none"`` or ``"silu"``, behind the norm.
+        upsample_size: ``(height, width)`` that u is enlarged to by nearest neighbour.
+        channel_bias: ``[B, K]`` or ``[1, K]``, any floating-point dtype: the time embedding.
+        residual: ``[B, K, H', W']``, ``x``'s dtype.
+        output_scale: s, multiplies the sum.
+        algorithm: forces how a backend computes: ``"direct"`` (torch's own convolution between fused passes),
+            ``"product"`` (im2col), ``"winograd2"``, ``"winograd4"`` (F(2×2, 3×3), F(4×4, 3×3)) or ``"implicit_gemm"``;
+            ``None`` takes the fastest that it has.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``None`` takes the fastest that serves.
+
+    Returns:
+        ``[B, K, H', W']`` in ``x``'s dtype, dense; channels last if ``x``'s channels are innermost, else contiguous.
+        Under autocast in its dtype, as :func:`torch.nn.functional.conv2d`.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
+        BackendUnavailable: ``backend`` cannot run here or cannot serve these arguments; the message says why.
+
+    Differentiable, twice, in every tensor argument. Sources: Wu and He, "Group Normalization", 2018; Lavin and Gray,
+    "Fast Algorithms for Convolutional Neural Networks", 2015 (Winograd F(m×m, 3×3)).
+    """
+    return op(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        skip,
+        num_groups,
+        norm_weight,
+        norm_bias,
+        eps,
+        mean,
+        rstd,
+        activation,
+        upsample_size,
+        channel_bias,
+        residual,
+        output_scale,
+        algorithm,
+        backend,
+    )
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    activation: str,
+    upsample_size: Sequence[int] | None,
+    channel_bias: Tensor | None,
+    residual: Tensor | None,
+    output_scale: float,
+    algorithm: str | None,
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [batch, channels, height, width]; got shape {tuple(x.shape)}")
+    batch, channels, height, width = x.shape
+    if skip is not None:
+        if skip.dim() != 4 or skip.shape[0] != batch or skip.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"skip: expected x's shape {tuple(x.shape)} with any number of channels; got {tuple(skip.shape)}"
+            )
+        channels = channels + skip.shape[1]
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in KERNEL_SIZES:
+        raise ValueError(f"weight: expected [out, in, 1, 1] or [out, in, 3, 3]; got shape {tuple(weight.shape)}")
+    if weight.shape[1] != channels or weight.numel() == 0:
+        raise ValueError(
+            f"weight: expected {channels} input channels, and at least one in and out; got shape {tuple(weight.shape)}"
+        )
+    if height == 0 or width == 0:
+        raise ValueError(f"x: expected a height and a width of at least 1; got shape {tuple(x.shape)}")
+    if stride not in STRIDES:
+        raise ValueError(f"stride: expected 1 or 2; got {stride}")
+    if len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"padding: expected a number or (left, right, top, bottom), none negative; got {padding}")
+    if upsample_size is not None and (len(upsample_size) != 2 or min(upsample_size) < 1):
+        raise ValueError(f"upsample_size: expected (height, width), both positive; got {tuple(upsample_size)}")
+    size = x.shape[2:] if upsample_size is None else upsample_size
+    out_height, out_width = output_size(size, weight.shape[2], stride, padding)
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
+            f"x: expected a height and a width that the kernel fits into; got shape {tuple(x.shape)} "
+            f"with padding {tuple(padding)}"
+        )
+    out_channels = weight.shape[0]
+    _check_norm(batch, channels, num_groups, norm_weight, norm_bias, eps, mean, rstd)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f"bias: expected shape ({out_channels},); got {tuple(bias.shape)}")
+    if channel_bias is not None and (
+        channel_bias.dim() != 2 or channel_bias.shape[1] != out_channels or channel_bias.shape[0] not in (1, batch)
+    ):
+        raise ValueError(
+            f"channel_bias: expected shape ({batch}, {out_channels}) or (1, {out_channels}); "
+            f"got {tuple(channel_bias.shape)}"
+        )
+    if residual is not None and residual.shape != (batch, out_channels, out_height, out_width):
+        raise ValueError(
+            f"residual: expected the result's shape {(batch, out_channels, out_height, out_width)}; "
+            f"got {tuple(residual.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("skip", skip), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}; got {tensor.dtype}")
+    _check_kind(
+        x,
+        weight=weight,
+        bias=bias,
+        skip=skip,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        mean=mean,
+        rstd=rstd,
+        channel_bias=channel_bias,
+        residual=residual,
+    )
+
+
+def _check_norm(
+    batch: int,
+    channels: int,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    if num_groups < 0 or (num_groups > 0 and channels % num_groups):
+        raise ValueError(f"num_groups: expected 0 or a positive divisor of {channels} channels; got {num_groups}")
+    if num_groups == 0:
+        for name, tensor in (("norm_weight", weight), ("norm_bias", bias), ("mean", mean), ("rstd", rstd)):
+            if tensor is not None:
+                raise ValueError(f"{name}: expected None without a norm (num_groups=0); got {tuple(tensor.shape)}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number that is not negative; got {eps}")
+    for name, tensor in (("norm_weight", weight), ("norm_bias", bias)):
+        if tensor is not None and tensor.shape not in ((channels,), (batch, channels)):
+            raise ValueError(
+                f"{name}: expected shape ({channels},) or ({batch}, {channels}); got {tuple(tensor.shape)}"
+            )
+    if (mean is None) != (rstd is None):
+        raise ValueError("mean, rstd: expected both or none; got one of them")
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor is not None and tensor.shape != (batch, num_groups):
+            raise ValueError(f"{name}: expected shape ({batch}, {num_groups}); got {tuple(tensor.shape)}")
+
+
+def _check_kind(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in (("x", x), *others.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}; got {tensor.device}")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int], *args: Any) -> Tensor:
+    upsample_size = args[8]
+    size = x.shape[2:] if upsample_size is None else upsample_size
+    out_size = output_size(size, weight.shape[2], stride, padding)
+    return empty_map(x, weight.shape[0], is_channels_last(x), out_size)
+
+
+_setup_context, _backward = gradient_of(definition)
+
+op = Op(
+    "conv2d",
+    _SCHEMA,
+    check=_check,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast={"cpu": None, "cuda": None},
+)

@@ -1,0 +1,124 @@
+"""Transformed copies of weights, kept from call to call within a bound.
+
+The CPU's algorithms multiply with weights in another form: packed, and by Winograd transformed to 16/9 or 4 times their
+size. Packing costs as much as the convolution of a small map, so it is worth keeping; a :class:`WeightBudget` says how
+much memory that may take. Without one a copy lives for one call.
+
+A copy is used only if its source is bit for bit what it was made from. That is checked at every call, by reading the
+weight: an edit through ``.data``, which fusing an adapter does, leaves no other trace. Reading costs about a hundredth
+of a convolution.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class _Copy:
+    packed: Tensor
+    tile: int
+    digest: int
+    positions: int
+
+
+class WeightBudget:
+    """How many bytes the copies of some weights may take, and these copies; both end with the last reference to it.
+
+    Where the bytes do not suffice for all, weights of larger maps come first: a copy saves the same time a byte
+    everywhere, but the algorithms without one lose more on large maps.
+
+    Args:
+        max_bytes: at most this much.
+
+    Raises:
+        ValueError: a negative bound.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes: expected a number that is not negative; got {max_bytes}")
+        self.max_bytes = max_bytes
+        self._copies = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def admit(self, weight: Tensor) -> None:
+        """Let copies of ``weight`` be kept here from now on."""
+        _budgets[weight] = weakref.ref(self)
+
+    def bytes_of(self, weight: Tensor) -> int:
+        """What the copy of ``weight`` takes, 0 if there is none."""
+        copy = self._copies.get(weight)
+        return 0 if copy is None else copy.packed.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        """What all copies take."""
+        return sum(copy.packed.nbytes for copy in list(self._copies.values()))
+
+    def clear(self) -> None:
+        """Forget every copy; the next calls make them anew."""
+        with self._lock:
+            self._copies.clear()
+
+    def room_for(self, weight: Tensor, positions: int) -> int:
+        """How many bytes a copy of ``weight`` for a map of so many positions may take to be kept."""
+        with self._lock:
+            larger_maps = (c for w, c in self._copies.items() if w is not weight and c.positions >= positions)
+            return self.max_bytes - sum(copy.packed.nbytes for copy in larger_maps)
+
+    def _find(self, weight: Tensor, tile: int) -> _Copy | None:
+        copy = self._copies.get(weight)
+        return copy if copy is not None and copy.tile == tile else None
+
+    def _keep(self, weight: Tensor, copy: _Copy) -> None:
+        with self._lock:
+            self._copies[weight] = copy
+            smallest_maps_first = sorted(self._copies.items(), key=lambda pair: pair[1].positions)
+            for other, _ in smallest_maps_first:
+                if self.used_bytes <= self.max_bytes:
+                    break
+                if other is not weight:
+                    del self._copies[other]
+
+
+_budgets = WeakTensorKeyDictionary()
+
+
+def budget_of(weight: Tensor) -> WeightBudget | None:
+    """The budget that copies of ``weight`` are kept in, if any."""
+    reference = _budgets.get(weight)
+    return None if reference is None else reference()
+
+
+def kept_tile(weight: Tensor) -> int | None:
+    """The tile of the copy of ``weight`` that is there, if one is; the copy may be out of date."""
+    budget = budget_of(weight)
+    copy = None if budget is None else budget._copies.get(weight)
+    return None if copy is None else copy.tile
+
+
+def packed(weight: Tensor, tile: int, positions: int, pack: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``pack(weight, tile)``, or a copy that is kept of it.
+
+    Args:
+        weight: float32, dense in some memory format.
+        tile: the algorithm's.
+        positions: of the map that it is wanted for.
+        pack: makes the copy.
+    """
+    budget = budget_of(weight)
+    if budget is None:
+        return pack(weight, tile)
+    kept = budget._find(weight, tile)
+    if kept is not None and kept.digest == torch.ops.fastsd_cpu.digest.default(weight):
+        return kept.packed
+    made = pack(weight, tile)
+    if budget.room_for(weight, positions) >= made.nbytes:
+        budget._keep(weight, _Copy(made, tile, torch.ops.fastsd_cpu.digest.default(weight), positions))
+    return made

@@ -1,0 +1,221 @@
+"""conv2d in Triton, ``algorithm="implicit_gemm"``: up to four launches, without atomics.
+
+Statistics and coefficients of the norm, the convolution, and the sum of its splits where it is split. Neither the
+concatenation, nor the normalised map, nor the enlarged one exists in memory; the price is that norm and activation are
+computed anew for each tap and each tile of output channels.
+
+Copies that are made where the layout is another: of x and skip to channels last, of a 3×3 weight to channels last (a
+model in ``torch.channels_last`` has all three already), and of the residual to the result's layout.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsd_kernels import triton_runtime
+from fastsd_kernels.conv2d.sizes import output_size
+from fastsd_kernels.group_norm_silu import triton_impl as norm
+from fastsd_kernels.layout import dense, empty_map, is_channels_last
+from fastsd_kernels.triton_runtime import Launch, ceil_div, contiguous, row_stride, unavailable
+
+if triton_runtime.triton is not None:
+    from fastsd_kernels.conv2d import triton_kernels as kernels
+
+__all__ = ["launches", "plan", "reject", "run", "unavailable"]
+
+ALGORITHM = "implicit_gemm"
+
+# Nothing here was measured on a card: the tiles are guesses that fit its registers (see the gates)
+# Most positions and output channels of a tile, and the input channels of a step
+MOST_M, MOST_N, BLOCK_K = 128, 128, 32
+# Steps under way at once: one is computed, the others are loaded
+STAGES = 4
+# One program for each multiprocessor of the largest card: with fewer tiles the product is split along its depth
+FEWEST_PROGRAMS = 132
+# Steps of a split: fewer do not pay for the sums that it writes
+FEWEST_STEPS = 16
+# The tile of the sum of splits: eight elements a thread
+SUM_M, SUM_N, SUM_WARPS = 32, 32, 4
+# Merging statistics: at most 1024 moments at once
+NORM_WARPS = 4
+
+
+class Tile(NamedTuple):
+    """What a program computes: ``[block_m positions, block_n channels]``, ``block_k`` channels of one tap a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+class Plan(NamedTuple):
+    """How the product of each sample is cut; the grid has ``batch * row_tiles * column_tiles * splits`` programs."""
+
+    tile: Tile
+    row_tiles: int
+    column_tiles: int
+    splits: int
+    steps_per_split: int
+
+
+def tile(positions: int, out_channels: int, itemsize: int) -> Tile:
+    """One of a few tiles, each of which is compiled in the tests."""
+    if itemsize == 4:
+        # no tensor cores: more of the product in each of fewer threads
+        block_m, block_n, num_warps = 64, 64 if out_channels > 16 else 16, 4
+    elif out_channels <= 16:
+        block_m, block_n, num_warps = 64, 16, 4
+    elif positions <= 64:
+        block_m, block_n, num_warps = 64, 64, 8
+    else:
+        # twice as wide where that adds no idle channels: fewer tiles activate the same element
+        block_m, block_n, num_warps = 128, 64 if ceil_div(out_channels, 64) % 2 else 128, 8
+    return Tile(min(block_m, MOST_M), min(block_n, MOST_N), BLOCK_K, num_warps)
+
+
+@functools.cache
+def plan(
+    batch: int, x_channels: int, skip_channels: int, out_channels: int, positions: int, kernel: int, itemsize: int
+) -> Plan:
+    """The cut for ``batch`` maps of ``positions`` each in the result; only ``skip_channels`` may be 0."""
+    t = tile(positions, out_channels, itemsize)
+    row_tiles, column_tiles = ceil_div(positions, t.block_m), ceil_div(out_channels, t.block_n)
+    steps = (ceil_div(x_channels, t.block_k) + ceil_div(skip_channels, t.block_k)) * kernel * kernel
+    splits = max(min(FEWEST_PROGRAMS // (batch * row_tiles * column_tiles), steps // FEWEST_STEPS), 1)
+    steps_per_split = ceil_div(steps, splits)
+    return Plan(t, row_tiles, column_tiles, ceil_div(steps, steps_per_split), steps_per_split)
+
+
+def launches(
+    x: Tensor,  # [B, C1, H, W]
+    weight: Tensor,  # [K, C, R, R], C = C1 + C2
+    bias: Tensor | None,  # [K]
+    stride: int,
+    padding: Sequence[int],  # left, right, top, bottom
+    skip: Tensor | None,  # [B, C2, H, W]
+    num_groups: int,
+    norm_weight: Tensor | None,  # [C] or [B, C]
+    norm_bias: Tensor | None,  # [C] or [B, C]
+    eps: float,
+    mean: Tensor | None,  # [B, num_groups]
+    rstd: Tensor | None,  # [B, num_groups]
+    activation: str,
+    upsample_size: Sequence[int] | None,  # height, width
+    channel_bias: Tensor | None,  # [B, K] or [1, K]
+    residual: Tensor | None,  # [B, K, H', W']
+    output_scale: float,
+    algorithm: str | None,
+) -> tuple[Tensor, tuple[Launch, ...]]:
+    """The result, uninitialised, and the launches that fill it in order. Tensors may be on ``meta``."""
+    batch, (out_channels, kernel), channels_last = x.shape[0], weight.shape[:3:2], is_channels_last(x)
+    source_height, source_width = x.shape[2:]
+    height, width = (source_height, source_width) if upsample_size is None else upsample_size
+    out_height, out_width = output_size((height, width), kernel, stride, padding)
+    y = empty_map(x, out_channels, channels_last, (out_height, out_width))
+    if y.numel() == 0:
+        return y, ()
+
+    if skip is not None and (x.shape[1] == 0 or skip.shape[1] == 0):
+        x, skip = (skip, None) if x.shape[1] == 0 else (x, None)
+    x, skip, weight = dense(x, True), None if skip is None else dense(skip, True), dense(weight, True)
+    residual = None if residual is None else dense(residual, channels_last)
+    bias, channel_bias = contiguous(bias), contiguous(channel_bias)
+
+    coefficients, steps = None, list[Launch]()
+    if num_groups:
+        coefficients, steps = _norm(x, skip, num_groups, norm_weight, norm_bias, eps, mean, rstd)
+
+    x_channels, skip_channels = x.shape[1], 0 if skip is None else skip.shape[1]
+    scales = (None, None) if upsample_size is None else (source_height / height, source_width / width)
+    positions, (left, _, top, _) = out_height * out_width, padding
+    maps = (batch, x_channels, skip_channels, out_channels, source_height, source_width, height, width, *scales)
+
+    p = plan(batch, x_channels, skip_channels, out_channels, positions, kernel, x.element_size())
+    strides = (out_channels, 1) if channels_last else (1, positions)
+    finish = (bias, channel_bias, residual, y, row_stride(channel_bias), *strides, output_scale)
+    sums = None
+    if p.splits > 1:
+        sums = x.new_empty((p.splits, batch, positions, out_channels), dtype=torch.float32)
+    convolve = (
+        *(x, skip, weight, coefficients),
+        *(finish if sums is None else (None, None, None, sums, 0, out_channels, 1, 1.0)),
+        *(*maps, out_width, positions, left, top),
+        *(p.row_tiles, p.column_tiles, p.splits, p.steps_per_split),
+        *(activation == "silu", kernel, stride, p.tile.block_m, p.tile.block_n, p.tile.block_k, STAGES),
+    )
+    programs = batch * p.row_tiles * p.column_tiles * p.splits
+    steps = [*steps, Launch(kernels.convolve, (programs,), convolve, p.tile.num_warps)]
+    if sums is not None:
+        row_tiles, column_tiles = ceil_div(positions, SUM_M), ceil_div(out_channels, SUM_N)
+        cut = (row_tiles, column_tiles, p.splits, batch * positions * out_channels, SUM_M, SUM_N)
+        add = (sums, *finish, out_channels, positions, *cut)
+        steps.append(Launch(kernels.sum_splits, (batch * row_tiles * column_tiles,), add, SUM_WARPS))
+    return y, tuple(steps)
+
+
+def _norm(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> tuple[Tensor, list[Launch]]:
+    """Center, scale and offset ``[B, 3, C]`` of each channel, uninitialised, and the launches that fill them."""
+    batch, channels = x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1])
+    p, parts, moments = norm.statistics(x, skip, num_groups, None, True)
+    mean, rstd, weight, bias = map(contiguous, (mean, rstd, weight, bias))
+    coefficients = x.new_empty((batch, 3, channels), dtype=torch.float32)
+    args = (
+        *(parts if mean is None else None, mean, rstd, weight, bias, coefficients, eps),
+        *(channels, x.shape[2] * x.shape[3], row_stride(weight), row_stride(bias)),
+        *(p.channel_tiles, p.splits, p.tiles_per_split),
+        *(channels // num_groups, p.groups_per_tile, p.tiles_per_group, p.block_c, p.block_s, p.block_g, p.block_p),
+    )
+    merge = Launch(kernels.norm_coefficients, (batch * p.channel_tiles,), args, NORM_WARPS)
+    return coefficients, [moments, merge] if mean is None else [merge]
+
+
+def reject(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    activation: str,
+    upsample_size: Sequence[int] | None,
+    channel_bias: Tensor | None,
+    residual: Tensor | None,
+    output_scale: float,
+    algorithm: str | None,
+) -> str | None:
+    if algorithm not in (None, ALGORITHM):
+        return f"the Triton backend knows algorithm={ALGORITHM!r} alone; got {algorithm!r}; leave it out"
+    return triton_runtime.reject(
+        x,
+        bias=bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        mean=mean,
+        rstd=rstd,
+        channel_bias=channel_bias,
+    )
+
+
+def run(x: Tensor, *args: Any) -> Tensor:
+    y, steps = launches(x, *args)
+    triton_runtime.run(x, steps)
+    return y

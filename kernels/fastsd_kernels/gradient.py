@@ -1,0 +1,43 @@
+"""The gradient of an op, for ops that have none of their own: its reference's, by torch's autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gradient_of(reference: Callable[..., Tensor]) -> tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]:
+    """``setup_context`` and ``backward`` for :class:`fastsd_kernels.dispatch.Op`.
+
+    The backward pass evaluates ``reference`` again, on the saved inputs, and differentiates that; where the gradient
+    is itself to be differentiated, through the same graph.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        again = torch.is_grad_enabled()
+        saved = iter(ctx.saved_tensors)
+        # torch leaves trailing arguments that equal their default out of the call
+        wants = [*ctx.needs_input_grad, *[False] * len(ctx.others)][: len(ctx.others)]
+        with torch.enable_grad():
+            inputs = []
+            for other, wanted in zip(ctx.others, wants, strict=True):
+                if other is not None:
+                    inputs.append(other[0])
+                    continue
+                value = next(saved)
+                # a view keeps the graph behind it, and is a place to stop at
+                inputs.append(value.view_as(value) if again else value.detach().requires_grad_(wanted))
+            output = reference(*inputs)
+        places = [i for i, wanted in enumerate(wants) if wanted]
+        grads = torch.autograd.grad(output, [inputs[i] for i in places], grad, create_graph=again)
+        result: list[Tensor | None] = [None] * len(inputs)
+        for place, value in zip(places, grads, strict=True):
+            result[place] = value
+        return tuple(result)
+
+    return setup_context, backward

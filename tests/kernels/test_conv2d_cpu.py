@@ -1,0 +1,170 @@
+"""What only the CPU backend promises: the choice of an algorithm, any number of threads, real sizes, NaN and Inf."""
+
+import pytest
+import torch
+
+from fastsd_kernels import conv2d
+from fastsd_kernels.conv2d import cpu_costs, cpu_impl, op, packed_weights
+from fastsd_kernels.dispatch import BackendUnavailable
+from fastsd_kernels.testing import feature_map
+
+LIKE = {"device": "cpu", "dtype": torch.float32}
+WINOGRAD = ("winograd2", "winograd4")
+
+
+def relative_l2(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("algorithm", WINOGRAD)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_threads_do_not_change_a_bit(layout, algorithm):
+    x, skip = (feature_map((3, channels, 40, 33), layout, **LIKE, seed=1) for channels in (96, 64))
+    weight = feature_map((72, 160, 3, 3), "contiguous", **LIKE) / 38
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            given = {"padding": 1, "skip": skip, "num_groups": 32, "activation": "silu", "algorithm": algorithm}
+            results.append(conv2d(x, weight, backend="cpu", **given))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("algorithm", WINOGRAD)
+@pytest.mark.parametrize("shape", [(2, 320, 64, 64, 320), (1, 2560, 16, 16, 1280), (1, 1280, 8, 8, 1280)], ids=str)
+def test_error_at_real_sizes(shape, algorithm):
+    batch, channels, height, width, out_channels = shape
+    x = feature_map((batch, channels, height, width), "channels_last", **LIKE)
+    weight = feature_map((out_channels, channels, 3, 3), "contiguous", **LIKE)[:64] / (3 * channels**0.5)
+    given = {"padding": 1, "num_groups": 32, "activation": "silu"}
+    exact = conv2d(x.double(), weight.double(), **given, backend="reference")
+    assert relative_l2(conv2d(x, weight, **given, algorithm=algorithm, backend="cpu"), exact) <= 3e-5
+
+
+def test_a_large_map_is_cut_into_blocks():
+    """More tiles than a block holds, in rows of more tiles than a strip, and a map that no tile divides."""
+    x = feature_map((1, 48, 301, 421), "channels_last", **LIKE)
+    weight = feature_map((40, 48, 3, 3), "contiguous", **LIKE) / 20
+    exact = conv2d(x.double(), weight.double(), padding=1, backend="reference")
+    for algorithm in WINOGRAD:
+        assert relative_l2(conv2d(x, weight, padding=1, algorithm=algorithm, backend="cpu"), exact) <= 3e-5
+
+
+@pytest.mark.parametrize("algorithm", WINOGRAD)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_tiles(value, algorithm):
+    """Winograd's tiles share their sums: NaN and infinities make NaN of whole tiles, and of nothing else."""
+    x = feature_map((1, 16, 24, 24), "channels_last", **LIKE).clone()
+    x[0, 3, 9, 9] = value
+    weight = feature_map((8, 16, 3, 3), "contiguous", **LIKE)
+    y = conv2d(x, weight, padding=1, algorithm=algorithm, backend="cpu")
+    plain = conv2d(x, weight, padding=1, backend="reference")
+    assert not torch.isfinite(y[~torch.isfinite(plain)]).any()
+    tile = int(algorithm[-1])
+    spread = torch.isfinite(y[0]).all(0).logical_not().nonzero()
+    assert spread.min() >= (8 // tile) * tile
+    assert spread.max() < (10 // tile + 1) * tile
+
+
+def call(channels, side, kernel=3, stride=1):
+    return cpu_costs.Call(1, channels, channels, side, side, kernel, stride, 0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "kept"),
+    [(320, 64, "winograd4"), (640, 32, "winograd4"), (1280, 16, "winograd2"), (1280, 8, "product")],
+)
+def test_choice_with_copies(channels, side, kept):
+    assert cpu_costs.cheapest(call(channels, side), None, 10**10) == kept
+
+
+def test_choice_without_copies():
+    """Packing for one call pays on large maps and not on small ones."""
+    assert cpu_costs.cheapest(call(320, 64)) == "winograd4"
+    assert cpu_costs.cheapest(call(1280, 8)) == "product"
+    assert cpu_costs.cheapest(call(320, 8)) != "direct"
+
+
+def test_a_copy_that_is_there_is_preferred():
+    costs = cpu_costs.costs(call(1280, 16), 4, 0)
+    assert costs["winograd4"] < costs["winograd2"]
+    assert cpu_costs.costs(call(1280, 16), 2, 0)["winograd2"] < costs["winograd2"]
+
+
+def test_only_plain_float32_is_transformed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cpu_costs, "cheapest", lambda *args: seen.append(args) or "winograd2")
+    x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
+    conv2d(x.bfloat16(), weight.bfloat16(), padding=1)
+    conv2d(x[:0], weight, padding=1)
+    mkldnn = torch.backends.mkldnn
+    for setting in (mkldnn.matmul, mkldnn.conv):
+        before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        try:
+            conv2d(x, weight, padding=1)
+        finally:
+            setting.fp32_precision = before
+    assert not seen
+    conv2d(x, weight, padding=1)
+    assert len(seen) == 1
+
+
+def test_refusals():
+    x, weight = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 3, 3)
+    with pytest.raises(BackendUnavailable, match="float64"):
+        conv2d(x.double(), weight.double(), backend="cpu")
+    with pytest.raises(BackendUnavailable, match=r"stride is 2; winograd4 takes stride 1, use algorithm='product'"):
+        conv2d(x, weight, stride=2, algorithm="winograd4", backend="cpu")
+    with pytest.raises(BackendUnavailable, match=r"\(8, 8, 1, 1\); winograd2 takes 3×3"):
+        conv2d(x, weight[..., :1, :1], algorithm="winograd2", backend="cpu")
+    with pytest.raises(BackendUnavailable, match="'implicit_gemm'; the cpu backend has direct"):
+        conv2d(x, weight, algorithm="implicit_gemm", backend="cpu")
+    meta = op.backends["cpu"].reject(x.to("meta"), weight.to("meta"), None, 1, None)
+    assert "needs CPU tensors" in meta
+
+
+class TestBudget:
+    def test_digest_sees_every_bit(self):
+        weight = torch.randn(33, 7, 3, 3)
+        digest = torch.ops.fastsd_cpu.digest.default
+        before = digest(weight)
+        assert digest(weight.clone()) == before
+        words = weight.view(torch.int32).view(-1)
+        for at in range(0, words.numel(), 97):
+            for bit in (0, 13, 31):
+                words[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+                assert digest(weight) != before
+                words[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+        assert digest(weight) == before
+
+    def test_a_weight_without_a_budget_is_packed_for_the_call(self):
+        weight = torch.randn(8, 8, 3, 3)
+        assert packed_weights.budget_of(weight) is None
+        first, second = (packed_weights.packed(weight, 2, 1, cpu_impl._pack) for _ in range(2))
+        assert first is not second
+        assert torch.equal(first, second)
+
+    def test_copies_end_with_the_weight_and_the_budget(self):
+        budget = packed_weights.WeightBudget(10**6)
+        weight = torch.randn(8, 8, 3, 3)
+        budget.admit(weight)
+        assert packed_weights.packed(weight, 2, 1, cpu_impl._pack) is packed_weights.packed(
+            weight, 2, 1, cpu_impl._pack
+        )
+        assert budget.used_bytes == budget.bytes_of(weight) == 16 * 8 * 32 * 4
+        assert packed_weights.kept_tile(weight) == 2
+        other = torch.randn(8, 8, 3, 3)
+        budget.admit(other)
+        packed_weights.packed(other, 2, 1, cpu_impl._pack)
+        del other
+        assert budget.used_bytes == budget.bytes_of(weight)
+        del budget
+        assert packed_weights.budget_of(weight) is None
+
+    def test_negative_bound(self):
+        with pytest.raises(ValueError, match="max_bytes: expected a number that is not negative; got -1"):
+            packed_weights.WeightBudget(-1)
