@@ -3,15 +3,15 @@
 import argparse
 import sys
 
-from bench import op, report, unet
+from bench import blocks, crossover, op, report, unet
 from fastsd.cli import run_safely
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: the three commands with their options."""
+    """The command line: the commands with their options."""
     top = argparse.ArgumentParser(prog="bench", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (unet, op, report):
+    for command in (unet, blocks, op, crossover, report):
         command.add_parser(commands).set_defaults(run=command.run)
     return top
 

@@ -1,5 +1,6 @@
-"""A 3×3 convolution called as stock, or computed as one matrix product where that is faster."""
+"""A convolution with what surrounds it in a block: as one op where it is plain, else part by part."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,84 +8,188 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsd.nn.plain import why_not_plain
-from fastsd_kernels.layout import is_channels_last
-
-# oneDNN reorders the weights at every call. With this many weights for each position of the batch, the reordering costs
-# more than writing out the columns of a matrix product does; measured, the two are even at about half of it. It also
-# bounds the columns' memory: for a 3×3 convolution of C channels they take 9 C / 40 000 of the weights' bytes at most.
-WEIGHTS_PER_POSITION = 40_000
+from fastsd.nn.replacement import settings_of
+from fastsd_kernels import conv2d, group_norm_silu
+from fastsd_kernels.conv2d import DTYPES
+from fastsd_kernels.conv2d.reference import epilogue
 
 _STOCK_FORWARD = nn.Conv2d._conv_forward
 
 
-def convolve(owner: nn.Module, name: str, x: Tensor) -> Tensor:
-    """``owner.<name>(x)``: through the module, unless it is plain and a matrix product is the faster way.
+def convolve(
+    owner: nn.Module,
+    name: str,
+    x: Tensor,
+    *,
+    input_bias: Tensor | None = None,
+    norm: nn.GroupNorm | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    activation: str = "none",
+    upsample_size: Sequence[int] | None = None,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 1.0,
+) -> Tensor:
+    """A convolution, ``owner.<name>``, and what surrounds it in a block; every part may be left out.
+
+    ``(conv(pad(nearest(act(norm(x + input_bias) · (1 + scale) + shift)))) + channel_bias + residual) · output_scale``
 
     Args:
-        owner: the module that holds the convolution.
+        owner: the replaced module that holds the convolution.
         name: its attribute.
         x: ``[B, C, H, W]``.
+        input_bias: ``[B, C, 1, 1]``, or what else broadcasts to ``x``; only with a norm.
+        norm: a plain one, or ``None``.
+        scale_shift: ``[B, C, 1, 1]`` both, or what else broadcasts to ``x``; only with a norm.
+        activation: ``"silu"`` or ``"none"``.
+        upsample_size: height and width that the map is enlarged to.
+        padding: left, right, top, bottom, besides the convolution's own.
+        channel_bias: ``[B, C', 1, 1]``, or what else broadcasts to the result.
+        residual: ``[B, C', H', W']``.
 
     Returns:
-        ``[B, C', H', W']``; the same to rounding either way, in ``x``'s memory format.
+        ``[B, C', H', W']``, the same to rounding whether in one op or in several.
+    """
+    settings, conv = settings_of(owner), getattr(owner, name)
+    backend = None if settings is None else settings.backend
+    parameters = _norm_parameters(x, norm, scale_shift)
+    if settings is None or parameters is None or not is_fused(owner, name, x):
+        z = x if norm is None else normalise(owner, x, norm, input_bias, scale_shift, activation)
+        z = F.silu(z) if norm is None and activation == "silu" else z
+        z = z if upsample_size is None else F.interpolate(z, size=tuple(upsample_size), mode="nearest")
+        y = conv(F.pad(z, padding) if any(padding) else z)
+        y = y if channel_bias is None else y + channel_bias
+        return epilogue(y, None, residual, output_scale)
+
+    if not torch.compiler.is_compiling():
+        settings.budget.admit(conv.weight)
+    x = x if input_bias is None else x + input_bias
+    row = None if channel_bias is None else _row(channel_bias, x, conv.out_channels)
+    # what does not fit the op broadcasts or promotes as a sum does
+    fits = (channel_bias is None or row is not None) and (
+        residual is None or (residual.dtype == x.dtype and residual.shape[0] == x.shape[0])
+    )
+    y = conv2d(
+        x,
+        conv.weight,
+        conv.bias,
+        conv.stride[0],
+        tuple(own + more for own, more in zip((conv.padding[1],) * 2 + (conv.padding[0],) * 2, padding, strict=True)),
+        **parameters,
+        activation=activation,
+        upsample_size=upsample_size,
+        channel_bias=row if fits else None,
+        residual=residual if fits else None,
+        output_scale=output_scale if fits else 1.0,
+        backend=backend,
+    )
+    if fits:
+        return y
+    return epilogue(y if channel_bias is None else y + channel_bias, None, residual, output_scale)
+
+
+def is_fused(owner: nn.Module, name: str, x: Tensor) -> bool:
+    """Whether ``owner.<name>`` on ``x`` is a convolution that the op computes, and nobody asked for anything else.
+
+    With a gradient wanted it is not: the op keeps less for the backward pass than torch, and computes more in it. Nor
+    is it on a GPU, where nobody has measured yet what wins.
     """
     conv = getattr(owner, name)
-    if why_not_plain(owner, name, nn.Conv2d) is None and is_faster_as_product(conv, x):
-        return as_product(x, conv.weight, conv.bias)
-    return conv(x)
-
-
-def is_faster_as_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether :func:`as_product` serves ``conv`` on ``x`` and is faster: float32 inference on the CPU, small maps."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == conv.weight.dtype == torch.float32
-        and (conv.bias is None or conv.bias.dtype == torch.float32)
+        why_not_plain(owner, name, nn.Conv2d) is None
         # what seamless tiling and the like override
         and "_conv_forward" not in conv.__dict__
         and nn.Conv2d._conv_forward is _STOCK_FORWARD
-        and conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == conv.dilation == (1, 1)
+        and conv.kernel_size in ((1, 1), (3, 3))
+        and conv.stride in ((1, 1), (2, 2))
+        and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
         and x.dim() == 4
         and x.shape[1] == conv.in_channels
-        and x.numel() > 0
-        and conv.weight.numel() >= WEIGHTS_PER_POSITION * x.shape[0] * x.shape[2] * x.shape[3]
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and _is_plain_float32()
+        and x.shape[2] > 0
+        and x.shape[3] > 0
+        and x.device.type == conv.weight.device.type == "cpu"
+        and x.dtype == conv.weight.dtype
+        and x.dtype in DTYPES
+        and (conv.bias is None or conv.bias.dtype == x.dtype)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad))
     )
 
 
-def _is_plain_float32() -> bool:
-    """Whether oneDNN is on and neither it nor matrix products may round float32 to less."""
-    mkldnn: Any = torch.backends.mkldnn
-    return mkldnn.enabled and {mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision} <= {"none", "ieee"}
+def _norm_parameters(
+    x: Tensor, norm: nn.GroupNorm | None, scale_shift: tuple[Tensor, Tensor] | None
+) -> dict[str, Any] | None:
+    """The op's arguments for the norm; ``None`` where scale and shift are not one number per sample and channel."""
+    if norm is None:
+        return {}
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    if scale_shift is not None:
+        scale, shift = (_row(t, x, norm.num_channels) for t in scale_shift)
+        if scale is None or shift is None:
+            return None
+        scale, shift = (1 + scale).expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
+        weight = scale if weight is None else scale * weight
+        bias = shift if bias is None else scale * bias + shift
+    return {"num_groups": norm.num_groups, "norm_weight": weight, "norm_bias": bias, "eps": norm.eps}
 
 
-def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``conv2d(x, weight, bias, padding=1)`` as weight matrix times columns (im2col).
+def _row(t: Tensor, x: Tensor, channels: int) -> Tensor | None:
+    """``[B or 1, C]`` of ``t [B or 1, C, 1, 1]``, ``None`` for anything else, which only a sum broadcasts."""
+    if t.dtype == x.dtype and t.dim() == 4 and t.shape[1:] == (channels, 1, 1) and t.shape[0] in (1, x.shape[0]):
+        return t.flatten(1)
+    return None
 
-    Args:
-        x: ``[B, C, H, W]``, not empty; contiguous or channels_last.
-        weight: ``[C', C, 3, 3]``; its memory format decides the order of a column's elements, so that it is not copied.
-        bias: ``[C']`` or ``None``.
 
-    Returns:
-        ``[B, C', H, W]`` in ``x``'s memory format.
-    """
-    batch, _, height, width = x.shape
-    if weight.is_contiguous():
-        matrix, columns = weight.flatten(1), F.unfold(x, 3, padding=1)  # [C', K], [B, K, HW]; K: channel, row, column
-    else:
-        windows = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).unfold(1, 3, 1).unfold(2, 3, 1)  # [B, H, W, C, 3, 3]
-        rows = windows.permute(0, 1, 2, 4, 5, 3).reshape(batch, height * width, -1)
-        matrix, columns = weight.permute(0, 2, 3, 1).flatten(1), rows.mT  # K: row, column, channel
-    bias = weight.new_zeros(1) if bias is None else bias
-    if is_channels_last(x):
-        y = torch.baddbmm(bias, columns.mT, matrix.mT.expand(batch, -1, -1))
-        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
-    y = torch.baddbmm(bias[:, None], matrix.expand(batch, -1, -1), columns)
-    return y.view(batch, -1, height, width)
+def normalise(
+    owner: nn.Module,
+    x: Tensor,
+    norm: nn.GroupNorm,
+    input_bias: Tensor | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """``act(norm(x + input_bias) · (1 + scale) + shift)``, with the arguments of :func:`convolve`."""
+    settings = settings_of(owner)
+    row = None if input_bias is None else _row(input_bias, x, norm.num_channels)
+    if input_bias is not None and row is None:
+        x = x + input_bias
+    z = group_norm_silu(
+        x,
+        norm.num_groups,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        activation if scale_shift is None else "none",
+        channel_bias=row,
+        backend=None if settings is None else settings.backend,
+    )
+    if scale_shift is None:
+        return z
+    z = z * (1 + scale_shift[0]) + scale_shift[1]
+    return F.silu(z) if activation == "silu" else z
+
+
+def example_convolution(
+    owner: nn.Module,
+    name: str,
+    x: Tensor,
+    num_groups: int = 0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> dict[str, tuple[Any, ...]]:
+    """For :func:`fastsd.patching.rule.Rule.op_calls`: the call that :func:`convolve` makes, if it makes one."""
+    conv = getattr(owner, name)
+    with torch.no_grad():
+        if not is_fused(owner, name, x):
+            return {}
+    norm = (num_groups, weight, bias, eps, None, None, activation)
+    return {
+        "conv2d": (x, conv.weight, conv.bias, conv.stride[0], [1, 1, 1, 1], None, *norm, None, None, None, 1.0, None)
+    }

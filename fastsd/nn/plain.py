@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.GroupNorm, nn.SiLU)}
+_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.SiLU)}
 
 # functional_call puts plain tensors in the place of parameters, torch.export puts fake ones
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -40,6 +40,12 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
         if parameter is not None and type(parameter) not in _PLAIN:
             return f"{name}.{key} is a {type(parameter).__qualname__}, expected a plain Parameter"
     return None
+
+
+def is_idle(owner: nn.Module, name: str) -> bool:
+    """Whether the dropout ``owner.<name>`` passes everything through, so that it need not be called."""
+    dropout = getattr(owner, name)
+    return why_not_plain(owner, name, nn.Dropout) is None and (dropout.p == 0 or not dropout.training)
 
 
 def is_method_of(forward: object, module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -1,20 +1,20 @@
-"""diffusers' ResnetBlock2D on group_norm_silu."""
+"""diffusers' ResnetBlock2D on conv2d and group_norm_silu."""
 
 from typing import Any
 
+import torch
 from diffusers.models import resnet as stock
 from torch import Tensor, nn
 
-from fastsd.nn.convolution import convolve
-from fastsd.nn.plain import why_not_plain, why_stock_everywhere
+from fastsd.nn.convolution import convolve, example_convolution, is_fused, normalise
+from fastsd.nn.plain import is_idle, why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, settings_of
-from fastsd_kernels import group_norm_silu
 
 
 def why_stock(block: stock.ResnetBlock2D) -> str | None:
     """Why ``block`` has to run the stock forward, as a sentence; ``None`` where the fast one gives the same.
 
-    The convolutions, the time embedding's projection and the dropout are called, so they may be anything.
+    A convolution that is not plain, the time embedding's projection and a dropout are called, so they may be anything.
     """
     return (
         why_not_plain(block, "norm1", nn.GroupNorm)
@@ -25,7 +25,7 @@ def why_stock(block: stock.ResnetBlock2D) -> str | None:
 
 
 class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
-    """GroupNorm, SiLU and the sum with the time embedding in two ops; the convolutions as their map's size suits them.
+    """Two convolutions, each in one op with the norm and activation before it and the sums behind it.
 
     ``y = shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(silu(temb))))))``, divided by
     ``output_scale_factor``; with up- or downsampling in front of ``conv1`` and of the shortcut.
@@ -42,27 +42,42 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         if args or kwargs or settings is None or why_stock(self) is not None:
             return stock.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
 
-        hidden = _norm(input_tensor, self.norm1, "silu", settings.backend)
-        shortcut, hidden = self._resample(input_tensor, hidden)
-        hidden = convolve(self, "conv1", hidden)
+        x = input_tensor
+        to_contiguous = is_fused(self, "conv1", x) and x.is_contiguous() and self.conv2.weight.is_contiguous()
+        if to_contiguous:
+            # what the op computes in; one conversion for the block instead of several
+            x = x.contiguous(memory_format=torch.channels_last)
+        first: dict[str, Any] = {"norm": self.norm1, "activation": "silu"}
+        shortcut = hidden = x
+        if self.upsample is not None or self.downsample is not None:
+            shortcut, hidden = self._resample(x, normalise(self, x, **first))
+            first = {}
 
+        bias = scale_shift = None
         if self.time_emb_proj is not None:
             # the projection gives [B, C], or [B, 2C] for scale and shift
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
         if self.time_embedding_norm == "scale_shift":
-            scale, shift = temb.chunk(2, dim=1)
-            hidden = _norm(hidden, self.norm2, "none", settings.backend)
-            hidden = self.nonlinearity(hidden * (1 + scale) + shift)
-        else:
-            bias = temb if self.time_embedding_norm == "default" else None
-            hidden = _norm(hidden, self.norm2, "silu", settings.backend, bias)
+            scale_shift = temb.chunk(2, dim=1)
+        elif self.time_embedding_norm == "default":
+            bias = temb
 
-        hidden = convolve(self, "conv2", self.dropout(hidden))
+        # the time embedding is added where it costs no pass: behind the first convolution or before the second norm
+        behind = is_fused(self, "conv1", hidden)
+        hidden = convolve(self, "conv1", hidden, **first, channel_bias=bias if behind else None)
+        second: dict[str, Any] = {
+            "norm": self.norm2,
+            "input_bias": None if behind else bias,
+            "scale_shift": scale_shift,
+            "activation": "silu",
+        }
+        if not is_idle(self, "dropout"):
+            hidden, second = self.dropout(normalise(self, hidden, **second)), {}
         if self.conv_shortcut is not None:
             # as stock: spares distributed training a warning about the strides of gradients
-            shortcut = self.conv_shortcut(shortcut.contiguous() if self.training else shortcut)
-        output = shortcut + hidden
-        return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
+            shortcut = convolve(self, "conv_shortcut", shortcut.contiguous() if self.training else shortcut)
+        y = convolve(self, "conv2", hidden, **second, residual=shortcut, output_scale=1 / self.output_scale_factor)
+        return y.contiguous() if to_contiguous else y
 
     def _resample(self, shortcut: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.upsample is not None:
@@ -75,27 +90,13 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         return shortcut, hidden
 
 
-def _norm(
-    x: Tensor,  # [B, C, H, W]
-    norm: nn.GroupNorm,
-    activation: str,
-    backend: str | None,
-    bias: Tensor | None = None,  # broadcasts to x
-) -> Tensor:
-    channel_bias = None
-    if bias is not None:
-        # anything but one number per sample and channel broadcasts or promotes, as only a plain sum can
-        if bias.dtype == x.dtype and bias.shape[1:] == (x.shape[1], 1, 1) and bias.shape[0] in (1, x.shape[0]):
-            channel_bias = bias.flatten(1)
-        else:
-            x = x + bias
-    return group_norm_silu(
-        x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation, channel_bias=channel_bias, backend=backend
-    )
-
-
 def example_calls(block: stock.ResnetBlock2D) -> dict[str, tuple[Any, ...]]:
-    """The op that the block calls, with arguments of the block's dtype and device."""
-    norm = block.norm1
-    x = next(block.parameters()).new_empty((1, norm.num_channels, 8, 8))
-    return {"group_norm_silu": (x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", None, None)}
+    """The ops that the block calls in inference, with arguments of the block's dtype and device."""
+    calls: dict[str, tuple[Any, ...]] = {}
+    for norm, name in ((block.norm1, "conv1"), (block.norm2, "conv2")):
+        weight = next(block.parameters()) if norm.weight is None else norm.weight
+        x = weight.new_empty((1, norm.num_channels, 8, 8))
+        parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+        fused = example_convolution(block, name, x, *parameters, activation="silu")
+        calls |= fused or {"group_norm_silu": (x, *parameters, "silu", None, None)}
+    return calls

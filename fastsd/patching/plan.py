@@ -9,7 +9,12 @@ from torch import nn
 from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.survey import Finding, parts_of, survey
+from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.dispatch import BACKENDS
+
+# times the bytes of the model's parameters. A stock model takes a fifth more than these when it runs, so that the peak
+# of a patched one stays below twice that; and all copies that SD1.5's 64² latents ask for find room
+DEFAULT_EXTRA_MEMORY = 1.125
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,12 @@ class Plan:
 
 
 def plan_patch(
-    model: Any, *, strict: bool = False, backend: str | None = None, rules: Iterable[Rule | str] | None = None
+    model: Any,
+    *,
+    strict: bool = False,
+    backend: str | None = None,
+    rules: Iterable[Rule | str] | None = None,
+    max_extra_memory: int | None = None,
 ) -> Plan:
     """The plan of ``patch``, with its arguments and its errors; changes nothing."""
     chosen = select_rules(rules)
@@ -48,16 +58,19 @@ def plan_patch(
             f"model: expected one that holds a module that a rule knows ({targets or 'there is no rule'}); "
             f"{type(model).__name__} holds none (the model itself is never replaced, only modules in it)"
         )
+    if max_extra_memory is not None and (type(max_extra_memory) is not int or max_extra_memory < 0):
+        raise ValueError(f"max_extra_memory: expected a number of bytes, or None; got {max_extra_memory!r}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     refused = tuple(finding for finding in known if finding.refusal is not None)
     if strict and refused:
         raise PatchError(f"{len(refused)} of {len(known)} modules cannot be replaced: {describe(refused)}")
+    budget = _budget(model, max_extra_memory)
     changes = []
     for finding in known:
         if finding.rule is not None and finding.refusal is None:
             _require_backend(finding.rule, finding.module, backend)
-            change = _change(finding.rule, finding.module, backend)
+            change = _change(finding.rule, finding.module, backend, budget)
             if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):
                 changes.append(change)
     return Plan(tuple(changes), refused)
@@ -85,10 +98,24 @@ def describe(refused: Iterable[Finding]) -> str:
     return "; ".join(f"{finding.path}: {finding.refusal}" for finding in refused)
 
 
-def _change(rule: Rule, module: nn.Module, backend: str | None) -> Change:
+def _budget(model: Any, max_extra_memory: int | None) -> WeightBudget:
+    """The one that an earlier patch of the model left, if its bound is the one wanted, else a new one."""
+    roots = list(parts_of(model).values())
+    if max_extra_memory is None:
+        parameters = {id(p): p.nbytes for root in roots for p in root.parameters()}
+        max_extra_memory = int(DEFAULT_EXTRA_MEMORY * sum(parameters.values()))
+    for root in roots:
+        for module in root.modules():
+            settings = settings_of(module)
+            if settings is not None and settings.budget.max_bytes == max_extra_memory:
+                return settings.budget
+    return WeightBudget(max_extra_memory)
+
+
+def _change(rule: Rule, module: nn.Module, backend: str | None, budget: WeightBudget) -> Change:
     settings = settings_of(module)
     stock = type(module) if settings is None else settings.stock
-    return Change(module, rule.replacement_class(), Settings(rule, stock, backend))
+    return Change(module, rule.replacement_class(), Settings(rule, stock, backend, budget))
 
 
 def _require_backend(rule: Rule, module: nn.Module, backend: str | None) -> None:

@@ -9,7 +9,7 @@ from bench import unet
 from bench.__main__ import main
 from bench.providers import PROVIDERS, prepare, twin
 from fastsd import models
-from fastsd_kernels.group_norm_silu import reference
+from fastsd_kernels.conv2d import reference
 
 
 @pytest.fixture(scope="module")

@@ -173,15 +173,29 @@ def assert_as_stock(actual: Tensor, stock: Tensor) -> None:
 class _OpCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.norms = self.convolutions = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += function is torch.ops.fastsd.group_norm_silu.default
+        self.convolutions += function is torch.ops.fastsd.conv2d.default
+        self.norms += has_fused_norm(function, args)
         return function(*args, **(kwargs or {}))
 
 
+def has_fused_norm(target: Any, args: Any) -> bool:
+    """Whether a call computes a norm in an op of fastsd: two per block that runs its fast forward."""
+    num_groups_of_conv2d = args[6] if target is torch.ops.fastsd.conv2d.default and len(args) > 6 else 0
+    return target is torch.ops.fastsd.group_norm_silu.default or num_groups_of_conv2d > 0
+
+
 def op_calls(function: Callable[[], Any]) -> int:
-    """How often ``function()`` calls group_norm_silu: twice per block that runs its fast forward."""
+    """How many norms ``function()`` computes in ops of fastsd."""
     with torch.no_grad(), _OpCounter() as counter:
         function()
-    return counter.calls
+    return counter.norms
+
+
+def fused_convolutions(function: Callable[[], Any]) -> int:
+    """How many convolutions ``function()`` computes in ops of fastsd."""
+    with torch.no_grad(), _OpCounter() as counter:
+        function()
+    return counter.convolutions

@@ -74,13 +74,13 @@ def test_registered_rule(registered, model):
 
 
 def test_strict(registered, model):
-    with pytest.raises(fastsd.PatchError, match=r"1 of 10 modules cannot be replaced: 2\.deep: scale is -1"):
+    with pytest.raises(fastsd.PatchError, match=r"1 of 12 modules cannot be replaced: 2\.deep: scale is -1"):
         fastsd.patch(model, strict=True)
     assert is_fast(model) == [False, False]
 
 
 def test_registry(registered):
-    assert [rule.name for rule in fastsd.registered_rules()] == ["resnet_block", "gate"]
+    assert [rule.name for rule in fastsd.registered_rules()] == ["resnet_block", "downsample", "upsample", "gate"]
     with pytest.raises(ValueError, match=r"'gate'.*clash"):
         fastsd.register_rule(GATE)
     with pytest.raises(ValueError, match=r"'another'.*clash"):
@@ -91,7 +91,7 @@ def test_registry(registered):
         fastsd.register_rule(Gate)
     with pytest.raises(ValueError, match="got 'nobody'"):
         fastsd.unregister_rule("nobody")
-    assert len(fastsd.registered_rules()) == 2
+    assert len(fastsd.registered_rules()) == 4
 
 
 def test_unpatch_after_the_rule_is_forgotten(model):
@@ -125,7 +125,7 @@ def test_restricting_rules(model):
     assert not any(type(block) is FastResnetBlock2D for block in blocks(model))
     with pytest.raises(ValueError, match=r"expected one that holds a module that a rule knows \(there is no rule\)"):
         fastsd.patch(model, rules=[])
-    with pytest.raises(ValueError, match="expected names among resnet_block; got 'vae'"):
+    with pytest.raises(ValueError, match="expected names among resnet_block, downsample, upsample; got 'vae'"):
         fastsd.patch(model, rules=["vae"])
 
 

@@ -12,12 +12,13 @@ from torch import nn
 
 import fastsd
 from fastsd.models import load
+from fastsd.nn.replacement import settings_of
 from fastsd_kernels import dispatch
 from tests.patching.models import Pipeline, assert_as_stock, assert_untouched, blocks, build, call, fast, fingerprint
 
 
 def backends(model):
-    return {entry.backends["group_norm_silu"] for entry in fastsd.report(model).entries if entry.replaced}
+    return {entry.backends["conv2d"] for entry in fastsd.report(model).entries if entry.replaced}
 
 
 def pipeline(unet=None, vae=None, **parts):
@@ -50,7 +51,7 @@ def test_patch_touches_only_replaced_blocks():
     stock_forward = ResnetBlock2D.forward
     fastsd.patch(model)
     for path, module in model.named_modules():
-        if not isinstance(module, ResnetBlock2D):
+        if settings_of(module) is None:
             assert (type(module), set(vars(module))) == before[path]
     assert ResnetBlock2D.forward is stock_forward
     assert not any(fast(build()))
@@ -226,7 +227,7 @@ class TestParts:
         model.mid_block.resnets[1] = model.up_blocks[0].resnets[0]
         with fastsd.patched(model):
             assert fast(model) == [True] * 7
-            assert sum(entry.replaced for entry in fastsd.report(model).entries) == 7
+            assert sum(entry.rule == "resnet_block" for entry in fastsd.report(model).entries if entry.replaced) == 7
         assert fast(model) == [False] * 7
 
     def test_block_shared_by_two_parts(self):

@@ -1,0 +1,290 @@
+"""Convolutions of replaced modules: one op where they are plain, the module itself where anything else is asked."""
+
+import weakref
+from typing import Any, ClassVar
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from peft import LoraConfig
+from torch import nn
+
+import fastsd
+from fastsd.nn.replacement import settings_of
+from fastsd_kernels.conv2d import cpu_costs, cpu_impl
+from tests.patching.models import assert_as_stock, build, call, fused_convolutions
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def holder(kind=ResnetBlock2D, **changes):
+    """A module that holds one block, with weights of which none is 0 or 1."""
+    torch.manual_seed(0)
+    arguments = {"in_channels": 64, "groups": 8, "temb_channels": 6} if kind is ResnetBlock2D else {"channels": 64}
+    model = nn.ModuleList([kind(**arguments | changes)]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(block, height=9, width=7, batch=2, channels=64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    return (x, torch.randn(batch, 6, generator=generator)) if isinstance(block, ResnetBlock2D) else (x,)
+
+
+@pytest.fixture(params=["direct", "product", "winograd2", "winograd4"])
+def algorithm(request, monkeypatch):
+    """What every convolution that has the choice is computed by."""
+    monkeypatch.setattr(
+        cpu_costs, "cheapest", lambda call, *_: request.param if call.kernel == 3 and call.stride == 1 else "product"
+    )
+    return request.param
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling", "output_scale", "vae", "controlnet"])
+@torch.no_grad()
+def test_every_algorithm(algorithm, name, memory_format):
+    model = build(name).to(memory_format=memory_format)
+    stock = [call(model, 2, latent) for latent in (16, 20)]
+    fastsd.patch(model, strict=True)
+    assert fused_convolutions(lambda: call(model)) > 0
+    for latent, expected in zip((16, 20), stock, strict=True):
+        assert_as_stock(call(model, 2, latent), expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options", "arguments"),
+    [
+        (ResnetBlock2D, {"out_channels": 32}, ()),
+        (ResnetBlock2D, {"time_embedding_norm": "scale_shift", "output_scale_factor": 1.7}, ()),
+        (Downsample2D, {"use_conv": True}, ()),
+        (Downsample2D, {"use_conv": True, "padding": 0, "name": "op"}, ()),
+        (Downsample2D, {"use_conv": True, "name": "Conv2d_0"}, ()),
+        (Upsample2D, {"use_conv": True}, ()),
+        (Upsample2D, {"use_conv": True, "out_channels": 24, "name": "Conv2d_0"}, ()),
+        (Upsample2D, {"use_conv": True}, ((17, 13),)),
+        (Upsample2D, {"use_conv": True}, (torch.Size((18, 14)),)),
+        (Upsample2D, {"use_conv": True, "kernel_size": 1, "padding": 0, "bias": False}, ()),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_module(algorithm, kind, options, arguments, memory_format):
+    model = holder(kind, **options).to(memory_format=memory_format)
+    given = (*inputs(model[0]), *arguments)
+    given = (given[0].contiguous(memory_format=memory_format), *given[1:])
+    stock = model[0](*given)
+    fastsd.patch(model, strict=True)
+    assert fused_convolutions(lambda: model[0](*given)) == (
+        3 if "out_channels" in options and kind is ResnetBlock2D else 2 if kind is ResnetBlock2D else 1
+    )
+    fast = model[0](*given)
+    assert fast.stride() == stock.stride()
+    assert_as_stock(fast, stock)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (Upsample2D, {}, "it has no convolution"),
+        (Upsample2D, {"use_conv_transpose": True, "use_conv": True}, "its convolution is transposed"),
+        (Upsample2D, {"use_conv": True, "interpolate": False}, "it does not enlarge the map"),
+        (
+            Upsample2D,
+            {"use_conv": True, "norm_type": "ln_norm", "eps": 1e-5, "elementwise_affine": True},
+            "it has a norm",
+        ),
+        (Downsample2D, {}, "it has no convolution"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(kind, options, reason):
+    model = holder(kind, **options)
+    with pytest.raises(fastsd.PatchError, match=reason):
+        fastsd.patch(model, strict=True)
+    assert type(model[0]) is kind
+
+
+def test_everything_else_goes_through_the_module():
+    """Whatever a user puts on a convolution or asks of it is what stock does."""
+
+    def tile(conv):
+        conv._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    def seamless(conv):
+        conv.padding_mode = "circular"
+        conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+    changes = {
+        "overridden": tile,
+        "padding_mode": seamless,
+        "dilation": lambda conv: (setattr(conv, "dilation", (2, 2)), setattr(conv, "padding", (2, 2))),
+        "hook": lambda conv: conv.register_forward_hook(lambda module, args, y: 3 * y),
+        "instance_forward": lambda conv: setattr(conv, "forward", lambda x: F.conv2d(x, conv.weight, padding=1)),
+    }
+    for change in changes.values():
+        model = holder()
+        change(model[0].conv1)
+        with torch.no_grad():
+            given = inputs(model[0])
+            stock = model[0](*given)
+            fastsd.patch(model)
+            assert fused_convolutions(lambda: model[0](*given)) == 1  # noqa: B023 (called at once)
+            assert_as_stock(model[0](*given), stock)
+
+
+def test_gradients_and_autocast_go_through_the_module():
+    model = fastsd.patch(holder())
+    given = inputs(model[0])
+    with torch.enable_grad():
+        assert model[0](*given).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fused_convolutions(lambda: model[0](*given)) == 0
+        fast = model[0](*given)
+        assert fast.dtype == fastsd.unpatch(model)[0](*given).dtype
+
+
+def test_wrong_input_fails_as_stock():
+    model = fastsd.patch(holder(Downsample2D, use_conv=True))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="64 channels"):
+        model[0](torch.randn(1, 32, 8, 8))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same"):
+        model[0](torch.randn(1, 64, 8, 8, dtype=torch.float64))
+
+
+class TestCopiesOfWeights:
+    """Transformed weights: kept, bounded, and never out of date."""
+
+    @staticmethod
+    def patched(max_extra_memory=10**6, **changes):
+        model = fastsd.patch(holder(**changes), max_extra_memory=max_extra_memory)
+        return model, settings_of(model[0]).budget
+
+    @pytest.fixture(autouse=True)
+    def _always_winograd(self, monkeypatch):
+        monkeypatch.setattr(
+            cpu_costs, "cheapest", lambda call, *_: "winograd2" if call.kernel == 3 and call.stride == 1 else "direct"
+        )
+
+    EVENTS: ClassVar[dict[str, Any]] = {
+        "in_place": lambda block: block.conv1.weight.mul_(2),
+        "through_data": lambda block: block.conv1.weight.data.mul_(2),
+        "one_element_through_data": lambda block: block.conv1.weight.data.view(-1)[4321].add_(50),
+        "two_elements_swapped_through_data": lambda block: block.conv1.weight.data.view(-1)[[5, 77]].copy_(
+            block.conv1.weight.data.view(-1)[[77, 5]]
+        ),
+        "load_state_dict": lambda block: block.load_state_dict({k: 2 * v for k, v in block.state_dict().items()}),
+        "load_state_dict_assign": lambda block: block.load_state_dict(
+            {k: 2 * v for k, v in block.state_dict().items()}, assign=True
+        ),
+        "new_parameter": lambda block: setattr(block.conv1, "weight", nn.Parameter(2 * block.conv1.weight)),
+        "new_data": lambda block: setattr(block.conv1.weight, "data", 2 * block.conv1.weight),
+        "to_double_and_back": lambda block: block.double().float(),
+        "to_channels_last": lambda block: block.to(memory_format=torch.channels_last),
+        "numpy": lambda block: block.conv1.weight.detach().numpy().__imul__(2),
+    }
+
+    @pytest.mark.parametrize("event", EVENTS)
+    @torch.no_grad()
+    def test_row_3_weights_change(self, event):
+        model, budget = self.patched()
+        given = inputs(model[0])
+        before = model[0](*given)
+        assert budget.used_bytes > 0
+        self.EVENTS[event](model[0])
+        fast = model[0](*given)
+        stock = fastsd.unpatch(model)[0](*given)
+        assert_as_stock(fast, stock)
+        if "to_" not in event and "swapped" not in event:
+            assert not torch.allclose(fast, before)
+
+    @torch.no_grad()
+    def test_row_1_fused_adapter(self):
+        model = build()
+        fastsd.patch(model)
+        call(model)
+        model.add_adapter(LoraConfig(r=2, target_modules=["conv1", "conv2"], init_lora_weights=False), "a")
+        model.fuse_lora()
+        model.unload_lora()
+        fast = call(model)
+        assert_as_stock(fast, call(fastsd.unpatch(model)))
+
+    @torch.no_grad()
+    def test_kept_from_call_to_call(self, monkeypatch):
+        made = []
+        real = cpu_impl._pack
+        monkeypatch.setattr(cpu_impl, "_pack", lambda *args: made.append(args) or real(*args))
+        model, budget = self.patched()
+        for _ in range(3):
+            model[0](*inputs(model[0]))
+        assert len(made) == 2
+        budget.clear()
+        model[0](*inputs(model[0]))
+        assert len(made) == 4
+
+    @pytest.mark.parametrize(("bound", "copies"), [(None, 1), (0, 0), (300_000, 1), (600_000, 2)])
+    @torch.no_grad()
+    def test_bound(self, bound, copies):
+        model, budget = self.patched(bound)  # a copy takes 16 · 64 · 64 · 4 = 262 144 bytes
+        stock = fastsd.unpatch(holder())[0](*inputs(model[0]))
+        for _ in range(2):
+            assert_as_stock(model[0](*inputs(model[0])), stock)
+            assert budget.used_bytes == copies * 262_144
+        if bound is None:
+            assert budget.max_bytes == int(1.125 * sum(p.nbytes for p in model.parameters()))
+
+    @torch.no_grad()
+    def test_larger_maps_first(self):
+        models = nn.ModuleList([holder(Upsample2D, use_conv=True)[0], holder(Upsample2D, use_conv=True)[0]])
+        fastsd.patch(models, max_extra_memory=300_000)
+        budget = settings_of(models[0]).budget
+        for first, second in ((4, 8), (8, 4), (4, 8)):
+            models[0](torch.randn(1, 64, first, first))
+            models[1](torch.randn(1, 64, second, second))
+        small, large = (budget.bytes_of(module.conv.weight) for module in models)
+        assert (small, large) == (0, 262_144)
+
+    @torch.no_grad()
+    def test_freed_with_the_patch_and_with_the_weight(self):
+        model, budget = self.patched()
+        model[0](*inputs(model[0]))
+        model[0].conv1 = nn.Conv2d(64, 64, 3, padding=1)
+        assert budget.used_bytes == 262_144
+        gone = weakref.ref(budget)
+        del budget
+        fastsd.unpatch(model)
+        assert gone() is None
+
+    def test_bad_bound(self):
+        for bound in (-1, 1.5, "1GB", True):
+            with pytest.raises(ValueError, match="max_extra_memory: expected a number of bytes"):
+                fastsd.patch(holder(), max_extra_memory=bound)
+
+    def test_patching_again(self):
+        model, budget = self.patched()
+        fastsd.patch(model, max_extra_memory=budget.max_bytes)
+        assert settings_of(model[0]).budget is budget
+        fastsd.patch(model, max_extra_memory=5)
+        assert settings_of(model[0]).budget.max_bytes == 5
+
+
+@torch.no_grad()
+def test_odd_latents_up_and_down():
+    model = build("unet_2d_model")
+    stock = call(model, 1, 18)
+    assert_as_stock(call(fastsd.patch(model), 1, 18), stock)
+
+
+def test_a_vae_and_a_controlnet_are_fused():
+    for name in ("vae", "controlnet"):
+        model = fastsd.patch(build(name))
+        assert isinstance(model, diffusers.ModelMixin)
+        assert fused_convolutions(lambda: call(model)) >= 8  # noqa: B023 (called at once)
