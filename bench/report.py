@@ -79,7 +79,9 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
         return (
             info,
             _unet("sd15", "float32", 1, "eager,channels_last,fastsd,fastsd-channels_last", 200),
+            Step("blocks-sd15-float32", ("bench", "blocks"), 150, "blocks-sd15-float32.json"),
             _op("group_norm_silu", "float32", 150),
+            _op("conv2d", "float32", 150),
             doctor,
             _unet("vae-sd", "float32", 1, "eager,fastsd,fastsd-channels_last", 200, repeats=3),
             _unet("sd15", "float32", 1, "eager,compile,fastsd,fastsd-compile", 400, suffix="-compile"),
@@ -92,6 +94,7 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
         info,
         Step("gpu-tests", ("pytest", "-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"), 240),
         _op("group_norm_silu", "float16", 90),
+        _op("conv2d", "float16", 90),
         _unet("sd15", "float16", 2, f"{stock},{fast}", 90, repeats=20),
         _unet("sd15", "float16", 2, "eager,compile,fastsd,fastsd-compile", 180, repeats=20, suffix="-compile"),
         _unet("sdxl", "float16", 2, f"{stock},{fast}", 120),

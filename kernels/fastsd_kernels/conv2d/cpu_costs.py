@@ -1,8 +1,8 @@
 """Which algorithm the CPU backend takes: a model of what each costs, in floating-point operations.
 
 Time that goes to something else is counted as the operations that the library's own product does meanwhile, so only
-ratios of speeds matter, and these differ little between machines. The constants below were read off
-``python -m bench crossover``, which prints the model's choice beside what was measured.
+ratios of speeds matter. The constants below were fitted by hand on one machine with AVX-512 and two cores;
+``python -m bench crossover`` prints the model's choice beside what it measures.
 """
 
 import math
@@ -13,11 +13,11 @@ from fastsd_kernels.conv2d.sizes import TILES, frequencies, packed_shape, tiles_
 # operations for a byte
 READ_WEIGHTS = 12  # of packed weights, where they are read more slowly than they are used
 TRANSFORM = 18  # of the matrices of input and output, written and read
-PACK = 35  # of packed weights
+PACK = 110  # of packed weights that live for one call; most of it goes to the system, for fresh memory
 REORDER = 130  # of weights that oneDNN reorders at each call
 PASS = 10  # of a map that is read or written by a pass of its own
-# An algorithm has to be so much faster than the next one that takes less memory: F(4×4)'s weights are 2.25 times those
-# of F(2×2), these 1.78 times those of columns. So SD1.5's copies take little more than the model.
+# Where copies are kept, an algorithm has to be so much faster than one that takes less memory: F(4×4)'s weights are
+# 2.25 times those of F(2×2), these 1.78 times those of columns. So SD1.5's copies take little more than the model.
 FEWEST_GAIN = {"winograd4": 1.25, "winograd2": 1.6}
 
 
@@ -85,8 +85,9 @@ def costs(call: Call, kept_tile: int | None, room: int) -> dict[str, float]:
 def cheapest(call: Call, kept_tile: int | None = None, room: int = 0) -> str:
     """The algorithm to take for a float32 call."""
     of = costs(call, kept_tile, room)
+    fewest_gain = FEWEST_GAIN if room > 0 else {}
     best = "direct"
     for algorithm in call.algorithms:
-        if of[algorithm] * FEWEST_GAIN.get(algorithm, 1.0) < of[best]:
+        if of[algorithm] * fewest_gain.get(algorithm, 1.0) < of[best]:
             best = algorithm
     return best
