@@ -19,8 +19,6 @@ from fastsd_kernels.conv2d import cases, composed, cuda_impl, op
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.testing import Sample, assert_contract, check_op, feature_map, named
 from tests.proving import host
-from tests.proving.gates import gates_of
-from tests.proving.targets import TARGETS
 
 DEFAULTS: dict[str, Any] = {
     "bias": None,
@@ -346,12 +344,6 @@ def test_every_tile_is_of_whole_warps():
         assert tile.channels % tile.warp_channels == 0
         assert tile.height * tile.width % 32 == 0
         assert 32 <= tile.threads <= 256
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("gate", [gate for gate in gates_of("conv2d") if gate.backend == "cuda"], ids=str)
-def test_gate(gate, target):
-    gate.check(target)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import os
-import re
 import subprocess
 import sys
 
@@ -24,12 +23,10 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
 
 from tests.kernels.gates.conv2d import TRITON, triton_launches  # noqa: E402
-from tests.proving.gates import gates_of  # noqa: E402
 
 ALL = list(cases.samples("cpu", torch.float32))
 SAMPLES = [sample.name for sample in ALL if sample.kwargs.get("algorithm") in (None, "implicit_gemm")]
 REFUSED = [sample.name for sample in ALL if sample.name not in SAMPLES]
-GATES = [gate for gate in gates_of("conv2d") if gate.backend == "triton"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SD_SHAPES = (  # batch, channels of x and skip, output channels, positions, side of the kernel
     (1, 320, 0, 320, 64 * 64, 3),
@@ -173,15 +170,6 @@ def test_every_tile_has_a_gate():
     for positions, out_channels, itemsize in itertools.product((1, 64, 65, 4096), (1, 16, 17, 320, 640), (2, 4)):
         *block, num_warps = triton_impl.tile(positions, out_channels, itemsize)
         assert (tuple(block), num_warps, itemsize) in gated
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("gate", GATES, ids=str)
-def test_gate(gate, target):
-    gate.check(target)
-    # maps and weights are copied to shared memory by 16 bytes while the product runs; four channels are but 8 bytes
-    if gate.kernel == "convolve" and " 4 to" not in gate.variant:
-        assert re.search(r"\bLDGSTS\.\S*\b128\b", gate.measure(target).sass)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -21,11 +21,13 @@ from tests.proving.targets import TARGETS
 
 # What a gate may ask for or forbid: a name for people, and its form in SASS. Blackwell also has 32-byte accesses.
 LOAD_16_BYTES = "16-byte load"
+COPY_16_BYTES = "16-byte asynchronous copy"
 STORE_16_BYTES = "16-byte store"
 TENSOR_CORES = "tensor cores"
 SPILL = "spill"
 INSTRUCTIONS = {
     LOAD_16_BYTES: re.compile(r"\bLDG\.\S*\b(128|256)\b"),
+    COPY_16_BYTES: re.compile(r"\bLDGSTS\.\S*\b128\b"),
     STORE_16_BYTES: re.compile(r"\bSTG\.\S*\b(128|256)\b"),
     TENSOR_CORES: re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b"),
     SPILL: re.compile(r"\b(LDL|STL)\b"),

@@ -18,7 +18,7 @@ import torch
 
 from fastsd_kernels.conv2d import cuda_impl, triton_impl
 from tests.proving import triton_aot
-from tests.proving.gates import LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
+from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -100,7 +100,10 @@ def _triton_gates() -> Iterator[Gate]:
         launches = {launch.kernel.__name__: launch for launch in triton_launches(*convolution)}
         # float32 stays float32: tensor cores would round it to 10 bits
         forbidden = (SPILL, TENSOR_CORES) if dtype == "float32" else (SPILL,)
-        required = () if dtype == "float32" else (TENSOR_CORES,)
+        required: tuple[str, ...] = () if dtype == "float32" else (TENSOR_CORES,)
+        if x_channels != 4:
+            # maps and weights go to shared memory while the product runs; four channels are but 8 bytes
+            required = (*required, COPY_16_BYTES)
         limits = {"convolve": (registers, required if out_channels <= 16 else (*required, STORE_16_BYTES))}
         if variant is COEFFICIENTS:
             limits["norm_coefficients"] = 128, ()
@@ -141,9 +144,10 @@ def _cuda_gates() -> Iterator[Gate]:
             multiprocessors=132,
         )
         channels = f"{x_channels}+{skip_channels}" if skip_channels else x_channels
-        limits: dict[str, tuple[int, tuple[str, ...]]] = {"conv2d_implicit_gemm": (128, (TENSOR_CORES, LOAD_16_BYTES))}
+        required: tuple[str, ...] = TENSOR_CORES, LOAD_16_BYTES, COPY_16_BYTES
         if out_channels % 8 == 0:
-            limits["conv2d_implicit_gemm"] = 128, (TENSOR_CORES, LOAD_16_BYTES, STORE_16_BYTES)
+            required = (*required, STORE_16_BYTES)
+        limits: dict[str, tuple[int, tuple[str, ...]]] = {"conv2d_implicit_gemm": (128, required)}
         if variant is CUDA[0]:
             # the other kernels hardly depend on the variant
             limits["conv2d_coefficients"] = 48, ()
