@@ -109,10 +109,11 @@ struct Convolution {
     const int64_t per_input = spread(tiles * depth), per_sum = spread(tiles * columns);
 
     static thread_local AlignedFloats kept;
-    float* inputs = kept.at_least(frequencies * (per_input + per_sum) + batch * columns);
+    const int64_t bias_rows = channel_bias_stride ? batch : 1;
+    float* inputs = kept.at_least(frequencies * (per_input + per_sum) + bias_rows * columns);
     float* sums = inputs + frequencies * per_input;
     float* biases = sums + frequencies * per_sum;
-    fill_biases(biases, columns);
+    fill_biases(biases, bias_rows, columns);
 
     const int64_t chunks = ceil_div(channels, kChunk), window_height = form.reach(m),
                   window_width = form.reach(strip * m);
@@ -153,12 +154,13 @@ struct Convolution {
           if (column >= out_width) continue;
           const int64_t at = ((b * out_height + row) * out_width + column) * out_channels;
           kernels.transform_output(
-              sums + tile * columns, per_sum, out_channels, biases + b * columns, scale, out_height - row,
-              out_width - column,
+              sums + tile * columns, per_sum, out_channels, biases + (channel_bias_stride ? b : 0) * columns, scale,
+              out_height - row, out_width - column,
               {out + at, residual ? residual + at : nullptr, out_width * out_channels, out_channels});
         }
       });
     }
+    kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
   }
 
   // Columns: the pixels that each of a row of results is computed from, side by side.
@@ -170,8 +172,8 @@ struct Convolution {
                       pixels + (i * width + t * form.stride + j) * kChunk, count * sizeof(float));
   }
 
-  void fill_biases(float* biases, int64_t columns) const {
-    for (int64_t b = 0; b < batch; ++b)
+  void fill_biases(float* biases, int64_t rows, int64_t columns) const {
+    for (int64_t b = 0; b < rows; ++b)
       for (int64_t k = 0; k < out_channels; ++k)
         biases[b * columns + k] =
             (bias ? bias[k] : 0.0f) + (channel_bias ? channel_bias[b * channel_bias_stride + k] : 0.0f);
@@ -326,21 +328,24 @@ void pack_conv2d(Tensor weight, int64_t m, Tensor out) {
   });
 }
 
-// A number that any change of the data changes. Dense tensors of 4-byte elements, in any memory format.
-int64_t digest(Tensor weight) {
-  constexpr int64_t chunk = 64 * 1024;
-  const auto* data = static_cast<const uint32_t*>(weight.const_data_ptr());
-  const int64_t n = weight.numel(), chunks = ceil_div(n, chunk);
+// A digest of the data, any memory format, without gaps: packed_weights.py sees to it.
+int64_t digest(Tensor weight, int64_t isa) {
+  constexpr int64_t chunk = 256 * 1024;
+  const auto* data = static_cast<const unsigned char*>(weight.const_data_ptr());
+  const int64_t n = weight.numel() * weight.element_size(), chunks = ceil_div(n, chunk);
   std::vector<uint64_t> of_chunk(chunks);
-  const Isa isa = best_isa();
-  const auto digest_of = isa == Isa::avx512 ? avx512::digest_of
-                         : isa == Isa::avx2 ? avx2::digest_of
-                                            : baseline::digest_of;
+  const Isa which = checked_isa(isa);
+  const auto digest_of = which == Isa::avx512 ? avx512::digest_of
+                         : which == Isa::avx2 ? avx2::digest_of
+                                              : baseline::digest_of;
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) of_chunk[k] = digest_of(data + k * chunk, std::min(chunk, n - k * chunk));
   });
   uint64_t all = uint64_t(n);
-  for (uint64_t part : of_chunk) all = all * 0x9e3779b97f4a7c15 + part;
+  for (uint64_t part : of_chunk) {
+    all = (all ^ part) * 0xbf58476d1ce4e5b9;
+    all ^= all >> 29;
+  }
   return int64_t(all);
 }
 
@@ -353,7 +358,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
       "scale, int isa, "
       "Tensor(a!) out) -> ()");
   m.def("pack_conv2d(Tensor weight, int m, Tensor(a!) out) -> ()");
-  m.def("digest(Tensor weight) -> int");
+  m.def("digest(Tensor weight, int isa) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, m) {

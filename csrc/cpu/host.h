@@ -30,8 +30,18 @@ class AlignedFloats {
   // At least n floats, with whatever they hold. Memory that is kept from call to call: fresh pages cost as much as
   // the work that fills them.
   float* at_least(int64_t n) {
-    if (size_ < n) *this = AlignedFloats(n);
+    if (size_ < n) {
+      release_above(0);
+      *this = AlignedFloats(n);
+    }
     return data();
+  }
+
+  // Nothing, if it is more than n floats: one large call should not keep its memory for good.
+  void release_above(int64_t n) {
+    if (size_ <= n) return;
+    lines_.reset();
+    size_ = 0;
   }
 
  private:

@@ -54,7 +54,8 @@ def convolve(
     settings, conv = settings_of(owner), getattr(owner, name)
     backend = None if settings is None else settings.backend
     parameters = _norm_parameters(x, norm, scale_shift)
-    if settings is None or parameters is None or not is_fused(owner, name, x):
+    others = (channel_bias, residual, *(parameters or {}).values())
+    if settings is None or parameters is None or not is_fused(owner, name, x, *others):
         z = x if norm is None else normalise(owner, x, norm, input_bias, scale_shift, activation)
         z = F.silu(z) if norm is None and activation == "silu" else z
         z = z if upsample_size is None else F.interpolate(z, size=tuple(upsample_size), mode="nearest")
@@ -89,8 +90,10 @@ def convolve(
     return epilogue(y if channel_bias is None else y + channel_bias, None, residual, output_scale)
 
 
-def is_fused(owner: nn.Module, name: str, x: Tensor) -> bool:
+def is_fused(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
     """Whether ``owner.<name>`` on ``x`` is a convolution that the op computes, and nobody asked for anything else.
+
+    ``others``: what else goes into it.
 
     With a gradient wanted it is not: the op keeps less for the backward pass than torch, and computes more in it. Nor
     is it on a GPU, where nobody has measured yet what wins.
@@ -116,8 +119,12 @@ def is_fused(owner: nn.Module, name: str, x: Tensor) -> bool:
         and x.dtype in DTYPES
         and (conv.bias is None or conv.bias.dtype == x.dtype)
         and not torch.is_autocast_enabled(x.device.type)
-        and not (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad))
+        and not (torch.is_grad_enabled() and _wants_gradient(x, conv.weight, conv.bias, *others))
     )
+
+
+def _wants_gradient(*values: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def _norm_parameters(

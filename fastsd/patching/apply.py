@@ -42,8 +42,9 @@ def patch(
             each op at each call.
         rules: rules to use, or names of registered ones; ``None`` for all that are registered.
         max_extra_memory: bytes that transformed copies of weights may take, which the CPU's convolutions are faster
-            with; ``None`` for 1.125 times those of the model's parameters. They are made when a layer first runs, and
-            again when its weights have changed; 0 keeps none.
+            with; ``None`` for what an earlier patch of the model set, else 1.125 times the bytes of its parameters.
+            Each call that sets a new bound counts from zero, so patch a model as a whole. Copies are made when a
+            layer first runs, and again when its weights have changed; 0 keeps none.
 
     Returns:
         ``model`` itself.
@@ -131,7 +132,7 @@ def _switch(module: nn.Module, cls: type[nn.Module], settings: Settings | None) 
         return
     module.__dict__[SETTINGS] = settings
     for child in module.modules():
-        if isinstance(child, nn.Conv2d):
+        if type(child) is nn.Conv2d and isinstance(child._parameters.get("weight"), nn.Parameter):
             settings.budget.admit(child.weight)
 
 

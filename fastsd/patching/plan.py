@@ -99,16 +99,16 @@ def describe(refused: Iterable[Finding]) -> str:
 
 
 def _budget(model: Any, max_extra_memory: int | None) -> WeightBudget:
-    """The one that an earlier patch of the model left, if its bound is the one wanted, else a new one."""
+    """The one that an earlier patch of the model left, unless another bound is wanted; else a new one."""
     roots = list(parts_of(model).values())
-    if max_extra_memory is None:
-        parameters = {id(p): p.nbytes for root in roots for p in root.parameters()}
-        max_extra_memory = int(DEFAULT_EXTRA_MEMORY * sum(parameters.values()))
     for root in roots:
         for module in root.modules():
             settings = settings_of(module)
-            if settings is not None and settings.budget.max_bytes == max_extra_memory:
+            if settings is not None and max_extra_memory in (None, settings.budget.max_bytes):
                 return settings.budget
+    if max_extra_memory is None:
+        parameters = {id(p): p.nbytes for root in roots for p in root.parameters()}
+        max_extra_memory = int(DEFAULT_EXTRA_MEMORY * sum(parameters.values()))
     return WeightBudget(max_extra_memory)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsd_kernels import conv2d
+from fastsd_kernels import conv2d, cpu_runtime
 from fastsd_kernels.conv2d import cpu_costs, cpu_impl, op, packed_weights
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import feature_map
@@ -16,7 +16,7 @@ def relative_l2(actual, exact):
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("algorithm", WINOGRAD)
+@pytest.mark.parametrize("algorithm", ["product", *WINOGRAD])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_threads_do_not_change_a_bit(layout, algorithm):
     x, skip = (feature_map((3, channels, 40, 33), layout, **LIKE, seed=1) for channels in (96, 64))
@@ -128,18 +128,75 @@ def test_refusals():
 
 
 class TestBudget:
-    def test_digest_sees_every_bit(self):
-        weight = torch.randn(33, 7, 3, 3)
-        digest = torch.ops.fastsd_cpu.digest.default
-        before = digest(weight)
-        assert digest(weight.clone()) == before
+    @pytest.mark.parametrize("isa", cpu_runtime.ISAS)
+    def test_digest(self, isa):
+        """Every bit counts, and so do changes that cancel in a sum: of signs, of exponents, of places."""
+        index = cpu_runtime.ISAS.index(isa)
+        if index > cpu_runtime.isa():
+            pytest.skip(f"this processor has no {isa}")
+
+        def digest(weight):
+            return torch.ops.fastsd_cpu.digest.default(weight, index)
+
+        weight = feature_map((128, 128, 3, 3), "contiguous", **LIKE)
+        seen = {digest(weight)}
+        assert digest(weight.clone()) in seen
+        negated, doubled, half, row, column = (weight.clone() for _ in range(5))
+        negated.neg_()
+        doubled.mul_(2)
+        half[:64].neg_()
+        row[0].neg_()
+        column[:, 0].neg_()
+        swapped = weight.flatten()[[1, 0, *range(2, weight.numel())]].view_as(weight)
+        changed = [negated, doubled, half, row, column, swapped, weight.flatten()[:-1], weight.flatten()[1:]]
         words = weight.view(torch.int32).view(-1)
-        for at in range(0, words.numel(), 97):
-            for bit in (0, 13, 31):
-                words[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
-                assert digest(weight) != before
-                words[at] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
-        assert digest(weight) == before
+        for at in range(0, words.numel(), 9973):
+            for bit in (1, 1 << 13, 1 << 30, -(1 << 31)):
+                flipped = words.clone()
+                flipped[at] ^= bit
+                changed.append(flipped)
+        for other in changed:
+            found = digest(other)
+            assert found not in seen
+            seen.add(found)
+
+    def test_an_edit_during_packing_is_not_lost(self):
+        budget = packed_weights.WeightBudget(10**6)
+        weight = torch.randn(8, 8, 3, 3)
+        budget.admit(weight)
+
+        def pack_and_edit(weight, tile):
+            made = cpu_impl._pack(weight, tile)
+            weight.data.mul_(3)
+            return made
+
+        packed_weights.packed(weight, 2, 1, pack_and_edit)
+        assert torch.equal(packed_weights.packed(weight, 2, 1, cpu_impl._pack), cpu_impl._pack(weight, 2))
+
+    @pytest.mark.parametrize(
+        "weight",
+        [
+            torch.randn(8, 16, 3, 3)[:, ::2],
+            torch.randn(1, 8, 3, 3).expand(8, -1, -1, -1),
+            torch.randn(8, 8, 3, 3).transpose(0, 1),
+            torch.randn(8, 8, 3, 3).half(),
+        ],
+        ids=["gaps", "expanded", "transposed", "half"],
+    )
+    def test_what_cannot_be_digested_is_packed_for_the_call(self, weight):
+        budget = packed_weights.WeightBudget(10**6)
+        budget.admit(weight)
+        packed_weights.packed(weight, 2, 1, cpu_impl._pack)
+        assert budget.used_bytes == 0
+
+    def test_a_copy_that_is_not_used_is_freed(self):
+        budget = packed_weights.WeightBudget(10**6)
+        x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
+        budget.admit(weight)
+        conv2d(x, weight, padding=1, algorithm="winograd2")
+        assert budget.used_bytes > 0
+        conv2d(x, weight, padding=1, algorithm="direct")
+        assert budget.used_bytes == 0
 
     def test_a_weight_without_a_budget_is_packed_for_the_call(self):
         weight = torch.randn(8, 8, 3, 3)

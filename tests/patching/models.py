@@ -194,8 +194,8 @@ def op_calls(function: Callable[[], Any]) -> int:
     return counter.norms
 
 
-def fused_convolutions(function: Callable[[], Any]) -> int:
+def fused_convolutions(function: Callable[[], Any], *, grad: bool = False) -> int:
     """How many convolutions ``function()`` computes in ops of fastsd."""
-    with torch.no_grad(), _OpCounter() as counter:
+    with torch.set_grad_enabled(grad), _OpCounter() as counter:
         function()
     return counter.convolutions

@@ -80,7 +80,7 @@ def conv2d(
 
     Returns:
         ``[B, K, H', W']`` in ``x``'s dtype, dense; channels last if ``x``'s channels are innermost, else contiguous.
-        Under autocast in its dtype, as :func:`torch.nn.functional.conv2d`.
+        Under autocast in its dtype, as :func:`torch.nn.functional.conv2d`; the norm then sees x in that dtype too.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.

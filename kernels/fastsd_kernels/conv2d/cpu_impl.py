@@ -66,6 +66,7 @@ def run(
         algorithm = _choose(x, weight, call)
     norm = (num_groups, norm_weight, norm_bias, eps, mean, rstd)
     if algorithm == "direct" or call.is_empty:
+        packed_weights.forget(weight)
         surroundings = (activation, upsample_size, channel_bias, residual, output_scale)
         return composed.run(x, weight, bias, stride, padding, skip, *norm, *surroundings)
 
@@ -161,7 +162,7 @@ def _affine(
 @functools.lru_cache(maxsize=256)
 def _source_map(size: int, enlarged: int, before: int, out: int, tile: int, kernel: int, stride: int) -> Tensor:
     """For each row (or column) that the tiles read, the one of the source that it is, −1 where there is padding."""
-    source = torch.arange(size, dtype=torch.float32)
+    source = torch.arange(size, dtype=torch.float64)
     if enlarged != size:
         source = F.interpolate(source[None, None], size=enlarged, mode="nearest")[0, 0]
     read = (math.ceil(out / tile) * tile - 1) * stride + kernel

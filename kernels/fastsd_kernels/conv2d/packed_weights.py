@@ -4,26 +4,30 @@ The CPU's algorithms multiply with weights in another form: packed, and by Winog
 size. Packing costs as much as the convolution of a small map, so it is worth keeping; a :class:`WeightBudget` says how
 much memory that may take. Without one a copy lives for one call.
 
-A copy is used only if its source is bit for bit what it was made from. That is checked at every call, by reading the
-weight: an edit through ``.data``, which fusing an adapter does, leaves no other trace. Reading costs about a hundredth
-of a convolution.
+A copy is used only if its source still has the shape, the strides and the 64-bit digest of what it was made from. That
+is checked at every call, by reading the weight: an edit through ``.data``, which fusing an adapter does, leaves no
+other trace. Reading costs about a hundredth of a convolution of a large map, a tenth of one at 16² or 8². While a weight is
+being edited by another thread, a call sees some of the edit, as it would without a copy; the next one sees all of it.
 """
 
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastsd_kernels import cpu_runtime
 
 
 @dataclass(frozen=True)
 class _Copy:
     packed: Tensor
     tile: int
-    digest: int
+    source: tuple[Any, ...]
     positions: int
 
 
@@ -59,7 +63,11 @@ class WeightBudget:
     @property
     def used_bytes(self) -> int:
         """What all copies take."""
-        return sum(copy.packed.nbytes for copy in list(self._copies.values()))
+        with self._lock:
+            return self._sum()
+
+    def _sum(self) -> int:
+        return sum(copy.packed.nbytes for copy in self._copies.values())
 
     def clear(self) -> None:
         """Forget every copy; the next calls make them anew."""
@@ -72,6 +80,11 @@ class WeightBudget:
             larger_maps = (c for w, c in self._copies.items() if w is not weight and c.positions >= positions)
             return self.max_bytes - sum(copy.packed.nbytes for copy in larger_maps)
 
+    def forget(self, weight: Tensor) -> None:
+        """Free the copy of ``weight``, if there is one."""
+        with self._lock:
+            self._copies.pop(weight, None)
+
     def _find(self, weight: Tensor, tile: int) -> _Copy | None:
         copy = self._copies.get(weight)
         return copy if copy is not None and copy.tile == tile else None
@@ -81,7 +94,7 @@ class WeightBudget:
             self._copies[weight] = copy
             smallest_maps_first = sorted(self._copies.items(), key=lambda pair: pair[1].positions)
             for other, _ in smallest_maps_first:
-                if self.used_bytes <= self.max_bytes:
+                if self._sum() <= self.max_bytes:
                     break
                 if other is not weight:
                     del self._copies[other]
@@ -91,9 +104,12 @@ _budgets = WeakTensorKeyDictionary()
 
 
 def budget_of(weight: Tensor) -> WeightBudget | None:
-    """The budget that copies of ``weight`` are kept in, if any."""
+    """The budget that copies of ``weight`` are kept in; ``None`` for one without, or that cannot be digested."""
     reference = _budgets.get(weight)
-    return None if reference is None else reference()
+    if reference is None or weight.dtype != torch.float32:
+        return None
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return reference() if is_dense else None
 
 
 def kept_tile(weight: Tensor) -> int | None:
@@ -103,11 +119,19 @@ def kept_tile(weight: Tensor) -> int | None:
     return None if copy is None else copy.tile
 
 
+def forget(weight: Tensor) -> None:
+    """Free the copy of ``weight``, which is not going to be used."""
+    reference = _budgets.get(weight)
+    budget = None if reference is None else reference()
+    if budget is not None:
+        budget.forget(weight)
+
+
 def packed(weight: Tensor, tile: int, positions: int, pack: Callable[[Tensor, int], Tensor]) -> Tensor:
     """``pack(weight, tile)``, or a copy that is kept of it.
 
     Args:
-        weight: float32, dense in some memory format.
+        weight: of any strides and dtype; copies are kept of float32 without gaps.
         tile: the algorithm's.
         positions: of the map that it is wanted for.
         pack: makes the copy.
@@ -116,9 +140,18 @@ def packed(weight: Tensor, tile: int, positions: int, pack: Callable[[Tensor, in
     if budget is None:
         return pack(weight, tile)
     kept = budget._find(weight, tile)
-    if kept is not None and kept.digest == torch.ops.fastsd_cpu.digest.default(weight):
+    if kept is not None and kept.source == _source(weight):
         return kept.packed
+    before = _source(weight)
     made = pack(weight, tile)
-    if budget.room_for(weight, positions) >= made.nbytes:
-        budget._keep(weight, _Copy(made, tile, torch.ops.fastsd_cpu.digest.default(weight), positions))
+    # another thread may have edited the weight meanwhile
+    if budget.room_for(weight, positions) >= made.nbytes and _source(weight) == before:
+        budget._keep(weight, _Copy(made, tile, before, positions))
+    else:
+        budget.forget(weight)
     return made
+
+
+def _source(weight: Tensor) -> tuple[Any, ...]:
+    """What tells whether a weight is what it was."""
+    return weight.shape, weight.stride(), torch.ops.fastsd_cpu.digest.default(weight, cpu_runtime.isa())
