@@ -6,8 +6,8 @@ much memory that may take. Without one a copy lives for one call.
 
 A copy is used only if its source still has the shape, the strides and the 64-bit digest of what it was made from. That
 is checked at every call, by reading the weight: an edit through ``.data``, which fusing an adapter does, leaves no
-other trace. Reading costs about a hundredth of a convolution of a large map, a tenth of one at 16² or 8². While a weight is
-being edited by another thread, a call sees some of the edit, as it would without a copy; the next one sees all of it.
+other trace. Reading costs about a hundredth of a convolution of a large map, a tenth of one at 16² or 8². While another
+thread edits a weight, a call sees some of the edit, as it would without a copy; the next one sees all of it.
 """
 
 import threading
