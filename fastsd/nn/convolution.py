@@ -65,6 +65,7 @@ def convolve(
 
     if not torch.compiler.is_compiling():
         settings.budget.admit(conv.weight)
+    (vertical, horizontal), (left, right, top, bottom) = conv.padding, padding
     x = x if input_bias is None else x + input_bias
     row = None if channel_bias is None else _row(channel_bias, x, conv.out_channels)
     # what does not fit the op broadcasts or promotes as a sum does
@@ -76,7 +77,7 @@ def convolve(
         conv.weight,
         conv.bias,
         conv.stride[0],
-        tuple(own + more for own, more in zip((conv.padding[1],) * 2 + (conv.padding[0],) * 2, padding, strict=True)),
+        (left + horizontal, right + horizontal, top + vertical, bottom + vertical),
         **parameters,
         activation=activation,
         upsample_size=upsample_size,
