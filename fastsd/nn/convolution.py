@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastsd.nn.plain import why_not_plain
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import conv2d, group_norm_silu
-from fastsd_kernels.conv2d import DTYPES
+from fastsd_kernels.checks import DTYPES
 from fastsd_kernels.conv2d.reference import epilogue
 
 _STOCK_FORWARD = nn.Conv2d._conv_forward

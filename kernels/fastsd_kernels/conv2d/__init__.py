@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastsd_kernels.checks import (
+    check_channel_bias,
+    check_dtype,
+    check_eps,
+    check_kind,
+    check_map,
+    check_skip,
+    check_vector,
+)
 from fastsd_kernels.conv2d.reference import conv2d as definition
 from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.dispatch import Op
@@ -16,7 +24,6 @@ ACTIVATIONS = ("none", "silu")
 ALGORITHMS = ("direct", "product", "winograd2", "winograd4", "implicit_gemm")
 KERNEL_SIZES = (1, 3)
 STRIDES = (1, 2)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = """(
     Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[4] padding=0, Tensor? skip=None,
     int num_groups=0, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, Tensor? mean=None,
@@ -132,23 +139,14 @@ def _check(
     output_scale: float,
     algorithm: str | None,
 ) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x: expected [batch, channels, height, width]; got shape {tuple(x.shape)}")
-    batch, channels, height, width = x.shape
-    if skip is not None:
-        if skip.dim() != 4 or skip.shape[0] != batch or skip.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"skip: expected x's shape {tuple(x.shape)} with any number of channels; got {tuple(skip.shape)}"
-            )
-        channels = channels + skip.shape[1]
+    check_map(x)
+    batch, channels = x.shape[0], check_skip(x, skip)
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in KERNEL_SIZES:
         raise ValueError(f"weight: expected [out, in, 1, 1] or [out, in, 3, 3]; got shape {tuple(weight.shape)}")
     if weight.shape[1] != channels or weight.numel() == 0:
         raise ValueError(
             f"weight: expected {channels} input channels, and at least one in and out; got shape {tuple(weight.shape)}"
         )
-    if height == 0 or width == 0:
-        raise ValueError(f"x: expected a height and a width of at least 1; got shape {tuple(x.shape)}")
     if stride not in STRIDES:
         raise ValueError(f"stride: expected 1 or 2; got {stride}")
     if len(padding) != 4 or min(padding) < 0:
@@ -168,24 +166,14 @@ def _check(
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
-    if bias is not None and bias.shape != (out_channels,):
-        raise ValueError(f"bias: expected shape ({out_channels},); got {tuple(bias.shape)}")
-    if channel_bias is not None and (
-        channel_bias.dim() != 2 or channel_bias.shape[1] != out_channels or channel_bias.shape[0] not in (1, batch)
-    ):
-        raise ValueError(
-            f"channel_bias: expected shape ({batch}, {out_channels}) or (1, {out_channels}); "
-            f"got {tuple(channel_bias.shape)}"
-        )
+    check_vector("bias", bias, out_channels)
+    check_channel_bias(channel_bias, batch, out_channels)
     if residual is not None and residual.shape != (batch, out_channels, out_height, out_width):
         raise ValueError(
             f"residual: expected the result's shape {(batch, out_channels, out_height, out_width)}; "
             f"got {tuple(residual.shape)}"
         )
-    for name, tensor in (("weight", weight), ("skip", skip), ("residual", residual)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}; got {tensor.dtype}")
-    _check_kind(
+    check_kind(
         x,
         weight=weight,
         bias=bias,
@@ -197,6 +185,7 @@ def _check(
         channel_bias=channel_bias,
         residual=residual,
     )
+    check_dtype(x, weight=weight, skip=skip, residual=residual)
 
 
 def _check_norm(
@@ -215,30 +204,14 @@ def _check_norm(
         for name, tensor in (("norm_weight", weight), ("norm_bias", bias), ("mean", mean), ("rstd", rstd)):
             if tensor is not None:
                 raise ValueError(f"{name}: expected None without a norm (num_groups=0); got {tuple(tensor.shape)}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number that is not negative; got {eps}")
-    for name, tensor in (("norm_weight", weight), ("norm_bias", bias)):
-        if tensor is not None and tensor.shape not in ((channels,), (batch, channels)):
-            raise ValueError(
-                f"{name}: expected shape ({channels},) or ({batch}, {channels}); got {tuple(tensor.shape)}"
-            )
+    check_eps(eps)
+    check_vector("norm_weight", weight, channels, batch)
+    check_vector("norm_bias", bias, channels, batch)
     if (mean is None) != (rstd is None):
         raise ValueError("mean, rstd: expected both or none; got one of them")
     for name, tensor in (("mean", mean), ("rstd", rstd)):
         if tensor is not None and tensor.shape != (batch, num_groups):
             raise ValueError(f"{name}: expected shape ({batch}, {num_groups}); got {tuple(tensor.shape)}")
-
-
-def _check_kind(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in (("x", x), *others.items()):
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}; got {tensor.device}")
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int], *args: Any) -> Tensor:

@@ -5,12 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd_kernels.checks import (
+    check_channel_bias,
+    check_dtype,
+    check_eps,
+    check_groups,
+    check_kind,
+    check_skip,
+    check_vector,
+)
 from fastsd_kernels.dispatch import Op
 from fastsd_kernels.group_norm_silu.reference import group_norm_silu_backward
 from fastsd_kernels.layout import empty_map, is_channels_last
 
 ACTIVATIONS = ("silu", "none")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = """(
     Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, str activation="silu",
     Tensor? channel_bias=None, Tensor? skip=None, str? backend=None
@@ -74,43 +82,18 @@ def _check(
     channel_bias: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    shape = x.shape
-    if len(shape) < 2:
-        raise ValueError(f"x: expected [batch, channels, *spatial]; got shape {tuple(shape)}")
-    batch, channels = shape[0], shape[1]
-    if skip is not None:
-        if skip.dim() != len(shape) or skip.shape[0] != batch or skip.shape[2:] != shape[2:]:
-            raise ValueError(
-                f"skip: expected x's shape {tuple(shape)} with any number of channels; got {tuple(skip.shape)}"
-            )
-        if skip.dtype != x.dtype:
-            raise TypeError(f"skip: expected x's dtype {x.dtype}; got {skip.dtype}")
-        channels = channels + skip.shape[1]
-    if num_groups < 1 or channels % num_groups or channels == 0:
-        raise ValueError(f"num_groups: expected a positive divisor of {channels} channels; got {num_groups}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (channels,):
-            raise ValueError(f"{name}: expected shape ({channels},); got {tuple(parameter.shape)}")
-    if channel_bias is not None and (
-        channel_bias.dim() != 2 or channel_bias.shape[1] != channels or channel_bias.shape[0] not in (1, batch)
-    ):
-        raise ValueError(
-            f"channel_bias: expected shape ({batch}, {channels}) or (1, {channels}); got {tuple(channel_bias.shape)}"
-        )
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [batch, channels, *spatial]; got shape {tuple(x.shape)}")
+    channels = check_skip(x, skip)
+    check_groups("num_groups", num_groups, channels)
+    check_vector("weight", weight, channels)
+    check_vector("bias", bias, channels)
+    check_channel_bias(channel_bias, x.shape[0], channels)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number that is not negative; got {eps}")
-    device = x.device
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("channel_bias", channel_bias), ("skip", skip)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected x's device {device}; got {tensor.device}")
+    check_eps(eps)
+    check_kind(x, weight=weight, bias=bias, channel_bias=channel_bias, skip=skip)
+    check_dtype(x, skip=skip)
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

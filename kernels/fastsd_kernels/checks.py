@@ -1,0 +1,73 @@
+"""What the ops check alike about their arguments."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_kind(x: Tensor, **others: Tensor | None) -> None:
+    """Every tensor has a floating-point dtype, and ``x``'s device."""
+    for name, tensor in (("x", x), *others.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}; got {tensor.device}")
+
+
+def check_dtype(x: Tensor, **others: Tensor | None) -> None:
+    """Every tensor has ``x``'s dtype."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}; got {tensor.dtype}")
+
+
+def check_map(x: Tensor) -> None:
+    """``x`` is a map of at least one pixel."""
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [batch, channels, height, width]; got shape {tuple(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x: expected a height and a width of at least 1; got shape {tuple(x.shape)}")
+
+
+def check_skip(x: Tensor, skip: Tensor | None) -> int:
+    """``skip`` can be read behind ``x``; returns how many channels they have together."""
+    if skip is None:
+        return x.shape[1]
+    if skip.dim() != x.dim() or skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"skip: expected x's shape {tuple(x.shape)} with any number of channels; got {tuple(skip.shape)}"
+        )
+    return x.shape[1] + skip.shape[1]
+
+
+def check_vector(name: str, tensor: Tensor | None, channels: int, batch: int | None = None) -> None:
+    """``tensor`` is ``[channels]``; where a batch is given, it may also be ``[batch, channels]``."""
+    if tensor is None or tensor.shape == (channels,) or (batch is not None and tensor.shape == (batch, channels)):
+        return
+    by_sample = "" if batch is None else f" or ({batch}, {channels})"
+    raise ValueError(f"{name}: expected shape ({channels},){by_sample}; got {tuple(tensor.shape)}")
+
+
+def check_channel_bias(tensor: Tensor | None, batch: int, channels: int) -> None:
+    """``tensor`` is ``[batch, channels]`` or ``[1, channels]``."""
+    if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != channels or tensor.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"channel_bias: expected shape ({batch}, {channels}) or (1, {channels}); got {tuple(tensor.shape)}"
+        )
+
+
+def check_eps(eps: float) -> None:
+    """``eps`` can be added to a variance."""
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number that is not negative; got {eps}")
+
+
+def check_groups(name: str, num_groups: int, channels: int) -> None:
+    """``channels``, at least one, fall into so many groups."""
+    if num_groups < 1 or channels % num_groups or channels == 0:
+        raise ValueError(f"{name}: expected a positive divisor of {channels} channels; got {num_groups}")
