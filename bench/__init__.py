@@ -1,4 +1,4 @@
-"""Benchmarks, run from the root of the repository: ``python -m bench unet | op | report``.
+"""Benchmarks, run from the root of the repository: ``python -m bench --help``.
 
 They also run in a checkout that is not installed.
 """

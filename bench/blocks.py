@@ -4,6 +4,7 @@ import argparse
 import copy
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ CLASSES = ("ResnetBlock2D", "Upsample2D", "Downsample2D")
 FLOAT32_LIMIT = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
-    """A module of a model, on the ``meta`` device, and the shapes of its arguments."""
+    """A module of a model and the arguments of a call, all on the ``meta`` device: only ``build`` takes memory."""
 
     module: nn.Module
-    shapes: tuple[Any, ...]
+    arguments: tuple[Any, ...]
 
     @property
     def name(self) -> str:
-        batch, channels, height, width = self.shapes[0]
+        batch, channels, height, width = self.arguments[0].shape
         out = next(p.shape[0] for name, p in reversed(list(self.module.named_parameters())) if p.dim() == 4)
         return f"{type(self.module).__name__} {batch}x{channels}->{out}x{height}x{width}"
 
@@ -44,8 +45,8 @@ class Block:
             for parameter in module.parameters():
                 fan_in = max(1, parameter[0].numel())
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-        given = [None if shape is None else torch.randn(shape, generator=generator).to(device) for shape in self.shapes]
-        return nn.ModuleList([module]), tuple(given)
+        given = _tensors(self.arguments, lambda value: torch.randn(value.shape, generator=generator).to(device))
+        return nn.ModuleList([module]), given
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ def distinct(name: str, batch: int, latent: int | None) -> Counter[Block]:
     counts: Counter[Block] = Counter()
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        shapes = tuple(tuple(value.shape) if isinstance(value, Tensor) else None for value in given)
-        weights = tuple(tuple(parameter.shape) for parameter in module.parameters())
-        block = seen.setdefault((type(module), shapes, weights), Block(module, shapes))
+        given = (*args, *kwargs.values())
+        shapes = _tensors(given, lambda value: value.shape)
+        weights = tuple(parameter.shape for parameter in module.parameters())
+        block = seen.setdefault((type(module), shapes, weights), Block(module, given))
         counts[block] += 1
 
     handles = [
@@ -140,9 +141,7 @@ def measure(block: Block, count: int, ceiling: float, options: argparse.Namespac
     fast, stock = copy.deepcopy(holder), holder[0]
     fastsd.patch(fast, strict=True, max_extra_memory=8 << 30)
     last = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-    given_last = tuple(
-        v.contiguous(memory_format=torch.channels_last) if v is not None and v.dim() == 4 else v for v in given
-    )
+    given_last = _tensors(given, lambda v: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v)
     runs = {
         "eager": lambda: stock(*given),
         "eager channels_last": lambda: last(*given_last),
@@ -152,10 +151,10 @@ def measure(block: Block, count: int, ceiling: float, options: argparse.Namespac
         torch.compiler.reset()
         compiled = torch.compile(last, dynamic=False)
         runs["compile"] = lambda: compiled(*given_last)
-    error = harness.relative_l2(runs["fastsd"](), copy.deepcopy(stock).double()(*_double(given)))
+    error = harness.relative_l2(runs["fastsd"](), copy.deepcopy(stock).double()(*_tensors(given, Tensor.double)))
     timings = harness.interleaved(runs, harness.clock_for(options.device), options.repeats, warmup=2)
     flops, out = _flops(stock, given), runs["eager"]()
-    least = sum(t.nbytes for t in (*given, *stock.parameters(), out) if t is not None)
+    least = sum(t.nbytes for t in (*given, *stock.parameters(), out) if isinstance(t, Tensor))
     seconds = timings["fastsd"].median
     return Row(
         block=block.name,
@@ -182,8 +181,9 @@ def peak(device: torch.device) -> float:
     )
 
 
-def _double(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(None if value is None else value.double() for value in given)
+def _tensors(given: tuple[Any, ...], change: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+    """``given`` with its tensors changed; a size that an upsampling is asked for stays as it is."""
+    return tuple(change(value) if isinstance(value, Tensor) else value for value in given)
 
 
 def _flops(module: nn.Module, given: tuple[Any, ...]) -> int:

@@ -1,6 +1,8 @@
 """``python -m bench crossover``: conv2d's algorithms on the CPU by channels and size, and which is chosen."""
 
 import argparse
+import importlib.util
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ ALGORITHMS = ("direct", "product", "winograd2", "winograd4")
 CHANNELS = (64, 128, 320, 640, 1280)
 SIDES = (8, 16, 32, 64, 128)
 MOST_FLOPS = 60e9
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,54 @@ class Row:
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("crossover", help="time conv2d's algorithms on the CPU, and show what is chosen")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help=f"draw it there; ends in {', '.join(PLOT_SUFFIXES)}")
+    file = parser.add_mutually_exclusive_group()
+    file.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
+    file.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show that result; measure nothing")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.plot:
+        check_plot(options.plot)
+    device, rows = read(options.source) if options.source else measure_all(options.repeats, options.json)
+    title = f"3×3, batch 1, float32, channels_last, weights packed before; {device}"
+    print(title)
+    print(table(rows))
+    if options.plot:
+        plot(options.plot, title, rows)
+    return 0
+
+
+def check_plot(path: Path) -> None:
+    """Raise if a plot cannot be drawn to ``path``: before minutes go into measuring."""
+    if path.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"--plot: expected a file that ends in {', '.join(PLOT_SUFFIXES)}; got {str(path)!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib, or the extra `bench` of fastsd")
+
+
+def read(path: Path) -> tuple[str, list[Row]]:
+    """The device and the rows of a result file."""
+    try:
+        result = json.loads(path.read_text())
+        device, rows = result["device"], [Row(**row) for row in result["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--from: expected a file of `bench crossover --json`; {path}: {error!r}") from error
+    return device, rows
+
+
+def measure_all(repeats: int, path: Path | None) -> tuple[str, list[Row]]:
+    """The device and its rows; written to ``path`` after every size, as a cut loses what is not."""
+    device, commit = environment.device_name(torch.device("cpu")), harness.commit()
     sizes = [(c, s) for c in CHANNELS for s in SIDES if 18 * c * c * s * s <= MOST_FLOPS]
     rows = []
     with torch.no_grad():
         for channels, side in tqdm(sizes, leave=False, disable=None):
-            rows.append(measure(channels, side, options.repeats))
-            if options.json:
-                facts = {"device": environment.device_name(torch.device("cpu")), "commit": harness.commit()}
-                harness.write_json(options.json, facts | {"rows": list(map(asdict, rows))})
-    print(
-        f"3×3, batch 1, float32, channels_last, weights packed before; {environment.device_name(torch.device('cpu'))}"
-    )
-    print(table(rows))
-    return 0
+            rows.append(measure(channels, side, repeats))
+            if path:
+                harness.write_json(path, {"device": device, "commit": commit, "rows": list(map(asdict, rows))})
+    return device, rows
 
 
 def measure(channels: int, side: int, repeats: int) -> Row:
@@ -78,13 +111,14 @@ def measure(channels: int, side: int, repeats: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Milliseconds; the last column is what the choice costs against the fastest."""
+    names = list(rows[0].seconds) if rows else []
     return text_table(
-        ("channels", "side", *(f"{name} ms" for name in ALGORITHMS), "fastest", "chosen", "loses"),
+        ("channels", "side", *(f"{name} ms" for name in names), "fastest", "chosen", "loses"),
         (
             (
                 str(row.channels),
                 str(row.side),
-                *(harness.milliseconds(row.seconds[name]) for name in ALGORITHMS),
+                *(harness.milliseconds(row.seconds[name]) for name in names),
                 row.fastest,
                 row.chosen,
                 f"{row.seconds[row.chosen] / row.seconds[row.fastest] - 1:.0%}",
@@ -92,3 +126,37 @@ def table(rows: list[Row]) -> str:
             for row in rows
         ),
     )
+
+
+def plot(path: Path, title: str, rows: list[Row]) -> None:
+    """For each number of channels one line per algorithm: its time against the fastest, over the side of the map.
+
+    So the fastest lies on 1, and a ring above 1 shows what a choice costs that saves memory, or is wrong.
+    """
+    from matplotlib.figure import Figure  # and no pyplot, which would choose a display for the whole process
+
+    channels = sorted({row.channels for row in rows})
+    figure = Figure(figsize=(3 * len(channels) + 1, 4), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(channels), sharey=True, squeeze=False)[0], channels, strict=True):
+        shown = sorted((row for row in rows if row.channels == count), key=lambda row: row.side)
+        sides = [row.side for row in shown]
+        for name in rows[0].seconds:
+            axes.plot(sides, [_to_fastest(row, name) for row in shown], marker=".", label=name)
+        chosen = [_to_fastest(row, row.chosen) for row in shown]
+        axes.plot(sides, chosen, "o", color="black", fillstyle="none", markersize=10, label="chosen")
+        axes.set_title(f"{count} channels")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(sides, map(str, sides))
+        axes.yaxis.set_major_formatter("{x:g}×")
+        axes.grid(alpha=0.3)
+    figure.supxlabel("side of the map")
+    figure.supylabel("time / the fastest")
+    figure.suptitle(title)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _to_fastest(row: Row, name: str) -> float:
+    return row.seconds[name] / row.seconds[row.fastest]

@@ -7,7 +7,8 @@ warm-up; the table shows medians with the 20th and 80th percentile, and speed-up
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def use(device: torch.device) -> None:
 def clock_for(device: torch.device) -> Clock:
     """The clock for whole models on ``device``: what a user waits for."""
     return cuda_clock(device) if device.type == "cuda" else host_clock()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Without TF32, which alone would break the float32 contract."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def relative_l2(actual: torch.Tensor, exact: torch.Tensor) -> float:

@@ -75,13 +75,15 @@ def check_providers(names: Sequence[str], device: torch.device) -> None:
 def prepare(name: str, model: models.Model, inputs: dict[str, Any]) -> Call:
     """The call that is timed. Each provider gets modules of its own; ``model`` is left as it is."""
     provider = PROVIDERS[name]
-    own = twin(model, provider.channels_last)
+    return _dressed(provider, twin(model, provider.channels_last), inputs)
+
+
+def prepare_in_place(name: str, model: models.Model, inputs: dict[str, Any]) -> Call:
+    """The same call on ``model`` itself, which is changed: what a user has who keeps no second copy."""
+    provider = PROVIDERS[name]
     if provider.channels_last:
-        inputs = {key: _channels_last(value) for key, value in inputs.items()}
-    if provider.patched:
-        fastsd.patch(own)
-    call = models.entry_point(own)
-    return provider.around(lambda: call(**inputs))
+        torch.nn.Module.to(model, memory_format=torch.channels_last)
+    return _dressed(provider, model, inputs)
 
 
 def twin(model: models.Model, channels_last: bool = False) -> models.Model:
@@ -93,6 +95,15 @@ def twin(model: models.Model, channels_last: bool = False) -> models.Model:
             torch.nn.Parameter(_channels_last(weight.detach()), weight.requires_grad) if is_kernel else weight
         )
     return copy.deepcopy(model, shared)
+
+
+def _dressed(provider: Provider, own: models.Model, inputs: dict[str, Any]) -> Call:
+    if provider.channels_last:
+        inputs = {key: _channels_last(value) for key, value in inputs.items()}
+    if provider.patched:
+        fastsd.patch(own)
+    call = models.entry_point(own)
+    return provider.around(lambda: call(**inputs))
 
 
 def _channels_last(value: Any) -> Any:

@@ -79,11 +79,13 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
         return (
             info,
             _unet("sd15", "float32", 1, "eager,channels_last,fastsd,fastsd-channels_last", 200),
-            Step("blocks-sd15-float32", ("bench", "blocks"), 150, "blocks-sd15-float32.json"),
+            _blocks("sd15", 150),
             _op("group_norm_silu", "float32", 150),
             _op("conv2d", "float32", 150),
+            Step("crossover", ("bench", "crossover"), 120, "crossover.json"),
             doctor,
             _unet("vae-sd", "float32", 1, "eager,fastsd,fastsd-channels_last", 200, repeats=3),
+            _blocks("vae-sd", 200, "--repeats", "3"),
             _unet("sd15", "float32", 1, "eager,compile,fastsd,fastsd-compile", 400, suffix="-compile"),
         )
     stock, fast = (
@@ -192,6 +194,11 @@ def _unet(
     name = f"unet-{model}-{dtype}-b{batch}{suffix}"
     flags = ("--model", model, "--dtype", dtype, "--batch", str(batch), "--providers", providers)
     return Step(name, ("bench", "unet", *flags, "--repeats", str(repeats)), limit_s, f"{name}.json")
+
+
+def _blocks(model: str, limit_s: float, *flags: str) -> Step:
+    name = f"blocks-{model}-float32"
+    return Step(name, ("bench", "blocks", "--model", model, *flags), limit_s, f"{name}.json")
 
 
 def _op(op: str, dtype: str, limit_s: float) -> Step:

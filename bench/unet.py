@@ -1,10 +1,10 @@
 """``python -m bench unet``: one forward of a U-Net (a ControlNet, a VAE decoder), fastsd against its baselines."""
 
 import argparse
+import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import harness
+from bench import footprint, harness
 from bench.providers import PROVIDERS, check_providers, prepare
 from fastsd import models
 from fastsd.cli import arguments, environment
@@ -24,10 +24,11 @@ HALF_LIMIT = 1.5
 
 @dataclass
 class Comparison:
-    """What one interleaved run found: timings and errors of the providers, and why others were refused."""
+    """What was found: timings and errors of the providers, their footprints if wanted, and why others were refused."""
 
     timings: dict[str, harness.Timing] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    footprints: dict[str, footprint.Footprint] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
     def speedup(self) -> dict[str, float]:
@@ -39,7 +40,10 @@ class Comparison:
 
     def providers(self) -> dict[str, dict[str, float]]:
         """The rows of a result file."""
-        return {name: timing.summary() | {"relative_l2": self.errors[name]} for name, timing in self.timings.items()}
+        rows = {name: timing.summary() | {"relative_l2": self.errors[name]} for name, timing in self.timings.items()}
+        for name, found in self.footprints.items():
+            rows[name] |= asdict(found)
+        return rows
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -52,6 +56,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", type=arguments.device, default=arguments.best_device())
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
+    parser.add_argument(
+        "--peak-memory",
+        action="store_true",
+        help="also each provider's peak of memory and first call, in a process of its own that loads the model again",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
     return parser
 
@@ -79,6 +88,10 @@ def run(options: argparse.Namespace) -> int:
 
     comparison = compare(model, names, options.batch, latent, options.repeats, options.warmup, on_round=save)
     save(comparison)
+    if options.peak_memory:
+        del loaded, model
+        gc.collect()  # the processes need the memory, and torch.compile leaves cycles
+        measure_footprints(comparison, options, latent, on_each=save)
     print(f"{options.model}, batch {options.batch}, latent {latent}, {arguments.dtype_name(options.dtype)}")
     print(environment.device_name(options.device))
     print(table(comparison))
@@ -104,7 +117,7 @@ def compare(
     harness.use(model.device)
     comparison, runs = Comparison(), {}
     inputs = models.example_inputs(model, batch, latent)
-    with torch.no_grad(), exact_float32():
+    with torch.no_grad(), harness.exact_float32():
         eager = prepare("eager", model, inputs)
         plain = models.flat_output(eager())
         exact = plain if model.dtype == torch.float32 else _in_float32(model, inputs)
@@ -135,6 +148,25 @@ def compare(
     return comparison
 
 
+def measure_footprints(
+    comparison: Comparison,
+    options: argparse.Namespace,
+    latent: int,
+    on_each: Callable[[Comparison], object] = lambda comparison: None,
+) -> None:
+    """Add the footprint of every provider that was timed, one after the other."""
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()
+    for name in tqdm(comparison.timings, desc="peak of memory", leave=False, disable=None):
+        try:
+            comparison.footprints[name] = footprint.in_fresh_process(
+                name, options.model, options.batch, latent, options.dtype, options.device
+            )
+        except Exception as failure:  # such as a process that the system ended for want of memory
+            comparison.refusals[name] = f"{name} has no peak of memory: {' '.join(str(failure).split())}"
+        on_each(comparison)
+
+
 def outside_contract(name: str, error: float, stock_error: float, dtype: torch.dtype) -> str | None:
     """Why a result of this relative L2 error may not be timed, or ``None``."""
     if dtype == torch.float32:
@@ -147,30 +179,32 @@ def outside_contract(name: str, error: float, stock_error: float, dtype: torch.d
 
 
 def table(comparison: Comparison) -> str:
-    """Median, percentiles, error, and the speed-up of fastsd over each provider."""
-    speedup = comparison.speedup()
+    """Median, percentiles, error, the footprint if it was measured, and the speed-up of fastsd over each provider."""
+    speedup, footprints = comparison.speedup(), comparison.footprints
+
+    def memory(name: str) -> tuple[str, ...]:
+        if not footprints:
+            return ()
+        found = footprints.get(name)
+        return (f"{found.peak_bytes / 1e9:.2f}", f"{found.first_call_s:.2f}") if found else ("-", "-")
+
     rows = [
         (
             name,
             *(harness.milliseconds(timing.percentile(percent)) for percent in (50, 20, 80)),
             f"{comparison.errors[name]:.1e}",
+            *memory(name),
             f"{speedup[name]:.2f}×" if name in speedup else "-",
         )
         for name, timing in comparison.timings.items()
     ]
-    rows += [(name, "-", "-", "-", "-", "refused") for name in comparison.refusals]
-    return text_table(("provider", "median ms", "p20", "p80", "relative L2", "speed-up of fastsd"), rows)
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Without TF32, which alone would break the float32 contract."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    rows += [
+        (name, "-", "-", "-", "-", *memory(name), "refused")
+        for name in comparison.refusals
+        if name not in comparison.timings
+    ]
+    columns = ("peak GB", "first call s") if footprints else ()
+    return text_table(("provider", "median ms", "p20", "p80", "relative L2", *columns, "speed-up of fastsd"), rows)
 
 
 def _in_float32(model: models.Model, inputs: dict[str, Any]) -> Tensor:

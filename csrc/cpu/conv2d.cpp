@@ -5,6 +5,7 @@
 // A block of tiles goes through three steps, each spread over the threads: the input is transformed into one matrix
 // [tiles, channels] per frequency, each is multiplied with its packed weights, and the products are transformed back.
 // A block is as large as the caches take, so that the weights are read as seldom, and the matrices as fast, as can be.
+// Columns of a map that is large enough are cut into tasks instead, each with all steps, in a thread's own cache.
 // How the work is cut depends on the shape alone, and no sum is shared between threads: any number gives the same bits.
 
 #include "conv2d.h"
@@ -36,6 +37,9 @@ constexpr int64_t kBlockBytes = 12 * 1024 * 1024;  // of a block's matrices: wha
 constexpr int64_t kChunk = 64;                     // channels that are gathered at once
 constexpr int64_t kMostPixels = 64;                // of one row that are computed at once
 constexpr int64_t kWidestVector = 16;              // floats
+constexpr int64_t kTaskBytes = 640 * 1024;         // of a task's columns: what stays in a core's own cache
+constexpr int64_t kTaskRows = 128;                 // of the product: enough to pay for reading the weights
+constexpr int64_t kFewestTasks = 4;
 
 // A stride of n floats or a little more, such that 36 of them fall on as many sets of a cache.
 int64_t spread(int64_t n) {
@@ -94,13 +98,69 @@ struct Convolution {
   Form form;
   ConvolutionKernels<T> kernels;
 
+  // How the result is cut into strips: pieces of a row of tiles.
+  struct Strips {
+    int64_t tile_rows, per_row, width, count;
+  };
+
+  Strips strips() const {
+    const int64_t tile_rows = ceil_div(out_height, form.m), tile_columns = ceil_div(out_width, form.m);
+    const int64_t per_row = ceil_div(tile_columns, kMostPixels / form.m);
+    return {tile_rows, per_row, ceil_div(tile_columns, per_row), batch * tile_rows * per_row};
+  }
+
+  // Where a tile of a strip begins in the result.
+  struct Place {
+    int64_t sample, row, column;
+  };
+
+  Place place(const Strips& all, int64_t strip, int64_t tile = 0) const {
+    return {strip / (all.tile_rows * all.per_row), strip / all.per_row % all.tile_rows * form.m,
+            (strip % all.per_row * all.width + tile) * form.m};
+  }
+
   void run() const {
+    const Strips all = strips();
+    if (form.m == 1) {
+      const int64_t depth = round_up(form.taps() * channels, kWidestVector);
+      const int64_t rows = std::min(kTaskRows, kTaskBytes / (depth * int64_t(sizeof(float))));
+      const int64_t per_task = std::max<int64_t>(1, rows / all.width);
+      if (ceil_div(all.count, per_task) >= kFewestTasks) return run_tasks(all, per_task, depth);
+    }
+    run_blocks(all);
+  }
+
+  // Columns, strip by strip: each task gathers those of a few, and multiplies them panel by panel.
+  void run_tasks(const Strips& all, int64_t per_task, int64_t depth) const {
+    const int64_t panels = ceil_div(out_channels, kPanel), columns = panels * kPanel;
+    static thread_local AlignedFloats kept;
+    float* biases = kept.at_least(bias_rows() * columns);
+    fill_biases(biases, columns);
+    parallel_for(0, ceil_div(all.count, per_task), 1, [&](int64_t begin, int64_t end) {
+      static thread_local AlignedFloats matrix;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task * per_task, count = std::min(per_task, all.count - first), rows = count * all.width;
+        float* inputs = matrix.at_least(rows * (depth + kPanel));
+        float* sums = inputs + rows * depth;
+        for (int64_t s = 0; s < count; ++s)
+          for (int64_t c = 0; c < channels; c += kChunk)
+            gather_columns(all, first + s, c, inputs + s * all.width * depth + c, depth);
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t k = p * kPanel, wanted = std::min(kPanel, out_channels - k);
+          kernels.multiply(inputs, rows, form.taps() * channels, depth, weights + p * form.taps() * channels * kPanel,
+                           sums, kPanel);
+          for (int64_t row = 0; row < rows; ++row)
+            finish(place(all, first + row / all.width, row % all.width), sums + row * kPanel, 0, k, wanted, biases,
+                   columns);
+        }
+      }
+    });
+  }
+
+  // Block by block, the steps one after the other.
+  void run_blocks(const Strips& all) const {
     const int64_t m = form.m, frequencies = form.frequencies(), taps = form.taps();
-    const int64_t tile_rows = ceil_div(out_height, m), tile_columns = ceil_div(out_width, m);
-    // a strip is a piece of a row of tiles
-    const int64_t strips_per_row = ceil_div(tile_columns, kMostPixels / m);
-    const int64_t strip = ceil_div(tile_columns, strips_per_row);
-    const int64_t strips = batch * tile_rows * strips_per_row;
+    const int64_t strips = all.count, strip = all.width;
     const int64_t depth = round_up(taps * channels, kWidestVector), panels = ceil_div(out_channels, kPanel),
                   columns = panels * kPanel;
     const int64_t strip_bytes = frequencies * strip * (depth + columns) * int64_t(sizeof(float));
@@ -109,33 +169,22 @@ struct Convolution {
     const int64_t per_input = spread(tiles * depth), per_sum = spread(tiles * columns);
 
     static thread_local AlignedFloats kept;
-    const int64_t bias_rows = channel_bias_stride ? batch : 1;
-    float* inputs = kept.at_least(frequencies * (per_input + per_sum) + bias_rows * columns);
+    float* inputs = kept.at_least(frequencies * (per_input + per_sum) + bias_rows() * columns);
     float* sums = inputs + frequencies * per_input;
     float* biases = sums + frequencies * per_sum;
-    fill_biases(biases, bias_rows, columns);
+    fill_biases(biases, columns);
 
-    const int64_t chunks = ceil_div(channels, kChunk), window_height = form.reach(m),
-                  window_width = form.reach(strip * m);
+    const int64_t chunks = ceil_div(channels, kChunk);
     for (int64_t first = 0; first < strips; first += strips_per_block) {
       const int64_t count = std::min(strips_per_block, strips - first);
       parallel_for(0, count * chunks, 1, [&](int64_t begin, int64_t end) {
-        static thread_local AlignedFloats window;
-        float* pixels = window.at_least(window_height * window_width * kChunk);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t s = task / chunks, c = task % chunks * kChunk;
-          const int64_t b = (first + s) / (tile_rows * strips_per_row),
-                        row = (first + s) / strips_per_row % tile_rows * m,
-                        column = (first + s) % strips_per_row * strip * m;
-          const int64_t here = std::min(strip, ceil_div(out_width - column, m));
-          const int64_t width = form.reach(here * m), wanted = std::min(kChunk, channels - c);
-          gather(b, c, {row_map + row * form.stride, column_map + column * form.stride, window_height, width}, pixels);
           float* to = inputs + s * strip * depth + c;
           if (m == 1)
-            copy_taps(pixels, width, here, wanted, to, depth);
+            gather_columns(all, first + s, c, to, depth);
           else
-            kernels.transform_input(pixels, width * kChunk, kChunk, here, round_up(wanted, kWidestVector), to,
-                                    per_input, depth);
+            gather_tiles(all, first + s, c, to, per_input, depth);
         }
       });
       const int64_t rows = count * strip;
@@ -146,41 +195,74 @@ struct Convolution {
                            weights + task * taps * channels * kPanel, sums + f * per_sum + p * kPanel, columns);
         }
       });
-      parallel_for(0, count * strip, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-          const int64_t s = first + tile / strip;
-          const int64_t b = s / (tile_rows * strips_per_row), row = s / strips_per_row % tile_rows * m,
-                        column = (s % strips_per_row * strip + tile % strip) * m;
-          if (column >= out_width) continue;
-          const int64_t at = ((b * out_height + row) * out_width + column) * out_channels;
-          kernels.transform_output(
-              sums + tile * columns, per_sum, out_channels, biases + (channel_bias_stride ? b : 0) * columns, scale,
-              out_height - row, out_width - column,
-              {out + at, residual ? residual + at : nullptr, out_width * out_channels, out_channels});
-        }
+      parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile)
+          finish(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, 0, out_channels,
+                 biases, columns);
       });
     }
     kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
   }
 
-  // Columns: the pixels that each of a row of results is computed from, side by side.
-  void copy_taps(const float* pixels, int64_t width, int64_t results, int64_t count, float* to, int64_t depth) const {
-    for (int64_t t = 0; t < results; ++t)
+  // How many results a strip has that begins there.
+  int64_t results(const Strips& all, const Place& at) const {
+    return std::min(all.width, ceil_div(out_width - at.column, form.m)) * form.m;
+  }
+
+  Window window(const Place& at, int64_t results) const {
+    return {row_map + at.row * form.stride, column_map + at.column * form.stride, form.reach(form.m),
+            form.reach(results)};
+  }
+
+  // kChunk channels of a strip's columns: the pixels that each of its results is computed from, side by side.
+  void gather_columns(const Strips& all, int64_t strip, int64_t c, float* to, int64_t depth) const {
+    const Place at = place(all, strip);
+    const int64_t here = results(all, at);
+    if (form.taps() == 1 && form.stride == 1) return gather(at.sample, c, window(at, here), to, depth);
+    static thread_local AlignedFloats kept;
+    const int64_t width = form.reach(here);
+    float* pixels = kept.at_least(form.kernel * width * kChunk);
+    gather(at.sample, c, window(at, here), pixels, kChunk);
+    const int64_t bytes = std::min(kChunk, channels - c) * int64_t(sizeof(float));
+    for (int64_t t = 0; t < here; ++t)
       for (int64_t i = 0; i < form.kernel; ++i)
         for (int64_t j = 0; j < form.kernel; ++j)
           std::memcpy(to + t * depth + (i * form.kernel + j) * channels,
-                      pixels + (i * width + t * form.stride + j) * kChunk, count * sizeof(float));
+                      pixels + (i * width + t * form.stride + j) * kChunk, bytes);
   }
 
-  void fill_biases(float* biases, int64_t rows, int64_t columns) const {
-    for (int64_t b = 0; b < rows; ++b)
+  // kChunk channels of a strip's tiles, transformed: one matrix per frequency.
+  void gather_tiles(const Strips& all, int64_t strip, int64_t c, float* to, int64_t per_input, int64_t depth) const {
+    static thread_local AlignedFloats kept;
+    const Place at = place(all, strip);
+    const int64_t here = results(all, at), width = form.reach(here);
+    float* pixels = kept.at_least(form.reach(form.m) * width * kChunk);
+    gather(at.sample, c, window(at, here), pixels, kChunk);
+    kernels.transform_input(pixels, width * kChunk, kChunk, here / form.m,
+                            round_up(std::min(kChunk, channels - c), kWidestVector), to, per_input, depth);
+  }
+
+  // Channels [k, k + wanted) of a tile of the result, where it is inside the map.
+  void finish(const Place& at, const float* sums, int64_t per_sum, int64_t k, int64_t wanted, const float* biases,
+              int64_t columns) const {
+    if (at.column >= out_width) return;
+    const int64_t to = ((at.sample * out_height + at.row) * out_width + at.column) * out_channels + k;
+    kernels.transform_output(sums, per_sum, wanted, biases + (bias_rows() > 1 ? at.sample : 0) * columns + k, scale,
+                             out_height - at.row, out_width - at.column,
+                             {out + to, residual ? residual + to : nullptr, out_width * out_channels, out_channels});
+  }
+
+  int64_t bias_rows() const { return channel_bias_stride ? batch : 1; }
+
+  void fill_biases(float* biases, int64_t columns) const {
+    for (int64_t b = 0; b < bias_rows(); ++b)
       for (int64_t k = 0; k < out_channels; ++k)
         biases[b * columns + k] =
             (bias ? bias[k] : 0.0f) + (channel_bias ? channel_bias[b * channel_bias_stride + k] : 0.0f);
   }
 
   // The channels [first, first + kChunk) of a window, as many as there are.
-  void gather(int64_t b, int64_t first, Window window, float* pixels) const {
+  void gather(int64_t b, int64_t first, Window window, float* pixels, int64_t to_pixel) const {
     const int64_t last = std::min(first + kChunk, channels), skip_channels = channels - x_channels;
     auto part = [&](const T* data, int64_t per_pixel, int64_t c, int64_t stop, int64_t offset) {
       if (c >= stop) return;
@@ -191,7 +273,7 @@ struct Convolution {
         const float* p = affine + b * 3 * channels + c;
         norm = {p, p + channels, p + 2 * channels};
       }
-      kernels.gather(from, norm, window, pixels + (c - first), kChunk);
+      kernels.gather(from, norm, window, pixels + (c - first), to_pixel);
     };
     part(x, x_channels, first, std::min(last, x_channels), 0);
     part(skip, skip_channels, std::max(first, x_channels), last, x_channels);

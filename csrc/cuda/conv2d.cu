@@ -1,7 +1,8 @@
 // conv2d as an implicit GEMM: y = (W * nearest(u) + bias + channel_bias + residual) · s with u = act(norm(z)) and
 // z = cat(x, skip).
 //
-// conv2d_coefficients merges the partial statistics of group_norm_silu.cu to three numbers for each sample and channel.
+// conv2d_coefficients merges statistics to three numbers for each sample and channel: the partial ones of
+// group_norm_silu.cu, or the moments that the convolution which made x has noted.
 // A block of conv2d_implicit_gemm computes TILE_K output channels of TILE_H × TILE_W positions of one sample. It goes
 // through the input STEP channels at a time: the halo, all that the tile's windows touch, is brought to shared memory
 // and there normalised and activated once; then each tap of the window is one matrix product, of the halo shifted by
@@ -16,8 +17,9 @@
 // Defined by the host: DTYPE, the maps' element, __half or __nv_bfloat16; PARAMETER_DTYPE, that of norm weight and
 // bias, bias and channel_bias; VECTOR, elements of one access to x and skip, which divides the channels of both;
 // OUT_VECTOR, the same for residual and y; KERNEL_SIZE, 1 or 3; STRIDE; TILE_H, TILE_W, TILE_K; WARP_K, output channels
-// of a warp; STEP, 16 or 32.
-#include "device.cuh"
+// of a warp; STEP, 16 or 32; MOMENTS, 1 to note those of y, which then has no residual and no scale, and comes from one
+// launch.
+#include "moments.cuh"
 
 using namespace fastsd;
 
@@ -40,10 +42,15 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kResidentThreads = 512;    // on one multiprocessor: bounds registers to 128
 constexpr int kScratchRow = WARP_K + 8;  // floats; the 8 keep rows out of each other's banks
 
+// a warp's positions are a patch of the map
+constexpr int kPatchWidth = TILE_W < kWarpPositions ? TILE_W : kWarpPositions;
+constexpr int kPatchHeight = kWarpPositions / kPatchWidth;
+
 constexpr int kReduceThreads = 256;
 
 static_assert(TILE_H * TILE_W % kWarpPositions == 0 && TILE_K % WARP_K == 0 && WARP_K % 16 == 0,
               "a warp computes whole fragments");
+static_assert(TILE_W % kPatchWidth == 0 && TILE_H % kPatchHeight == 0, "patches tile the map");
 static_assert(STEP == 16 || STEP == 32 || STEP == 64, "the columns of a row are permuted by their bits");
 
 __device__ int padded(int channels) {
@@ -213,52 +220,105 @@ __device__ void write(const float* sum, const float* offset, const T* residual, 
   store(y + index, result);
 }
 
+// The sum over the lanes that hold the same columns of mma's sums, the same bits in each of them.
+__device__ float sum_of_rows(float value) {
+#pragma unroll
+  for (int offset = 4; offset < kWarp; offset *= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+// moments [channels, 2]: mean and M2 of each channel over a patch of which rows × columns positions lie in the map.
+// They are those of y as it is stored: rounded, so that a constant map has no variance and its very value as the mean,
+// and infinite where y is.
+__device__ void write_moments(const float (&sum)[kWarpPositions / 16][WARP_K / 8][4], const float* offset, int rows,
+                              int columns, int channels, float* moments) {
+  constexpr int kOwn = kWarpPositions / 8;  // positions of a lane
+  const int lane = threadIdx.x % kWarp;
+  const float count = static_cast<float>(rows * columns);
+  bool inside[kOwn];
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) {
+    const int place = own * 8 + lane / 4;
+    inside[own] = place / kPatchWidth < rows && place % kPatchWidth < columns;
+  }
+#pragma unroll
+  for (int column = 0; column < WARP_K / 4; ++column) {
+    const int j = column / 2, v = column % 2, k = j * 8 + lane % 4 * 2 + v;
+    float stored[kOwn], total = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      stored[own] = to_float(from_float<T>(sum[own / 2][j][own % 2 * 2 + v] + offset[k]));
+      total += inside[own] ? stored[own] : 0.0f;
+    }
+    const float mean = sum_of_rows(total) / count;
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      const float deviation = inside[own] ? stored[own] - mean : 0.0f;
+      squares += deviation * deviation;
+    }
+    const float of_channel[2] = {mean, sum_of_rows(squares)};
+    if (lane < 4 && k < channels) store(moments + 2 * k, of_channel);
+  }
+}
+
 }  // namespace
 
 // coefficients [B, 3, C']: center, scale and offset of act((z − center) · scale + offset), one warp for a group.
-// partials as group_norm_silu_stats leaves them, cut by tile, chunk and chunks; or mean and rstd [B, groups].
+// Of three kinds of statistics two are null: partials as group_norm_silu_stats leaves them, cut by tile, chunk and
+// chunks; moments [B, patches, C, 2] as conv2d_implicit_gemm leaves them, of patches of a map of map_width columns; or
+// mean and rstd [B, groups].
 extern "C" __global__ void __launch_bounds__(kWarp)
-    conv2d_coefficients(const float* partials, const float* mean, const float* rstd, const P* norm_weight,
-                        const P* norm_bias, float* coefficients, i64 x_channels, i64 skip_channels, i64 space,
-                        i64 num_groups, i64 norm_weight_stride, i64 norm_bias_stride, i64 tile, i64 chunk, i64 chunks,
-                        float eps) {
+    conv2d_coefficients(const float* partials, const float* moments, const float* mean, const float* rstd,
+                        const P* norm_weight, const P* norm_bias, float* coefficients, i64 x_channels,
+                        i64 skip_channels, i64 space, i64 num_groups, i64 norm_weight_stride, i64 norm_bias_stride,
+                        i64 tile, i64 chunk, i64 chunks, i64 map_width, i64 patch_height, i64 patch_width, float eps) {
   const int lane = threadIdx.x, channels = static_cast<int>(x_channels + skip_channels);
   const int width = channels / static_cast<int>(num_groups);
   const i64 row = blockIdx.x, sample = row / num_groups;
+  const int first_channel = static_cast<int>(row % num_groups) * width;
+  const float all = static_cast<float>(width) * static_cast<float>(space);
   float center, residue = 0.0f, scale;
   if (mean != nullptr) {
     center = mean[row];
     scale = rstd[row];
   } else {
-    // Chan, Golub and LeVeque's merge of all splits at once; each lane takes every 32nd
-    const i64 pieces = tile < width ? (width + tile - 1) / tile : 1, splits = pieces * chunks;
-    const float* own = partials + row * splits * 3;
-    const auto elements = [&](i64 split) {
-      const i64 left = width - split / chunks * tile, positions = space - split % chunks * chunk;
-      return static_cast<float>(tile < left ? tile : left) * static_cast<float>(chunk < positions ? chunk : positions);
-    };
-    const float all = static_cast<float>(width) * static_cast<float>(space), origin = own[0];
-    float sum = 0.0f, m2 = 0.0f;
-#pragma unroll 1
-    for (i64 split = lane; split < splits; split += kWarp) {
-      sum += elements(split) * ((own[3 * split] - origin) + own[3 * split + 1]);
+    Moments merged;
+    if (moments != nullptr) {
+      const int columns = static_cast<int>(map_width), rows = static_cast<int>(space / map_width);
+      const int high = static_cast<int>(patch_height), wide = static_cast<int>(patch_width);
+      const int across = (columns + wide - 1) / wide, patches = (rows + high - 1) / high * across;
+      const float* own = moments + (sample * patches * channels + first_channel) * 2;
+      const auto of = [&](int part) -> Moments {
+        float of_channel[2];
+        load(own + (static_cast<i64>(part / width) * channels + part % width) * 2, of_channel);
+        return {of_channel[0], 0.0f, of_channel[1]};
+      };
+      const auto elements = [&](int part) {
+        const int patch = part / width, below = rows - patch / across * high, right = columns - patch % across * wide;
+        return static_cast<float>((below < high ? below : high) * (right < wide ? right : wide));
+      };
+      merged = merge(patches * width, all, of, elements);
+    } else {
+      const i64 pieces = tile < width ? (width + tile - 1) / tile : 1, splits = pieces * chunks;
+      const float* own = partials + row * splits * 3;
+      const auto of = [&](int split) -> Moments { return {own[3 * split], own[3 * split + 1], own[3 * split + 2]}; };
+      const auto elements = [&](int split) {
+        const i64 left = width - split / chunks * tile, positions = space - split % chunks * chunk;
+        return static_cast<float>(tile < left ? tile : left) *
+               static_cast<float>(chunk < positions ? chunk : positions);
+      };
+      merged = merge(static_cast<int>(splits), all, of, elements);
     }
-    const float correction = warp_sum(sum) / all;
-    center = origin + correction;
-    residue = correction - (center - origin);
-#pragma unroll 1
-    for (i64 split = lane; split < splits; split += kWarp) {
-      const float deviation = (own[3 * split] - center) + (own[3 * split + 1] - residue);
-      m2 += own[3 * split + 2] + elements(split) * deviation * deviation;
-    }
-    scale = rsqrtf(warp_sum(m2) / all + eps);
+    center = merged.mean;
+    residue = merged.residue;
+    scale = rsqrtf(merged.m2 / all + eps);
   }
   const int x_padded = padded(static_cast<int>(x_channels)),
             all_padded = x_padded + padded(static_cast<int>(skip_channels));
   float* to = coefficients + sample * 3 * all_padded;
 #pragma unroll 1
   for (int i = lane; i < width; i += kWarp) {
-    const int channel = static_cast<int>(row % num_groups) * width + i;
+    const int channel = first_channel + i;
     const float weighted = scale * parameter(norm_weight, sample * norm_weight_stride + channel, 1.0f);
     const float bias = parameter(norm_bias, sample * norm_bias_stride + channel, 0.0f);
     const int at = channel < x_channels ? channel : x_padded + channel - static_cast<int>(x_channels);
@@ -268,15 +328,17 @@ extern "C" __global__ void __launch_bounds__(kWarp)
   }
 }
 
-// y [B, H', W', K], or where there are splits workspace [splits, B, H', W', K rounded up to 8].
+// y [B, H', W', K], or where there are splits workspace [splits, B, H', W', K rounded up to 8]; moments [B, patches of
+// rows, patches of columns, K, 2], if noted.
 // Grid: samples × tiles of rows × tiles of columns × splits × tiles of output channels.
 // Shared: two halos and two taps of weights, later the warps' scratch; then TILE_K floats.
 extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
     conv2d_implicit_gemm(const T* x, const T* skip, const T* weight, const float* coefficients, const P* bias,
-                         const P* channel_bias, const T* residual, T* y, float* workspace, i64 batch, i64 x_channels,
-                         i64 skip_channels, i64 height, i64 width, i64 enlarged_height, i64 enlarged_width, i64 left,
-                         i64 top, i64 out_channels, i64 out_height, i64 out_width, i64 channel_bias_stride, i64 splits,
-                         i64 activate, float row_factor, float column_factor, float output_scale) {
+                         const P* channel_bias, const T* residual, T* y, float* workspace, float* moments, i64 batch,
+                         i64 x_channels, i64 skip_channels, i64 height, i64 width, i64 enlarged_height,
+                         i64 enlarged_width, i64 left, i64 top, i64 out_channels, i64 out_height, i64 out_width,
+                         i64 channel_bias_stride, i64 given_splits, i64 activate, float row_factor, float column_factor,
+                         float output_scale) {
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int warp_position = warp / kWarpsOfK * kWarpPositions, warp_k = warp % kWarpsOfK * WARP_K;
   const Input input{x,
@@ -288,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
                     coefficients,
                     activate != 0};
   const int channels_of_y = static_cast<int>(out_channels);
+  const i64 splits = MOMENTS ? 1 : given_splits;  // known, it leaves registers for the moments
 
   // blocks that share a halo follow each other
   const int tiles_k = (channels_of_y + TILE_K - 1) / TILE_K;
@@ -388,6 +451,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
         valid ? parameter(bias, k, 0.0f) + parameter(channel_bias, sample * channel_bias_stride + k, 0.0f) : 0.0f;
   }
   __syncthreads();
+  if (MOMENTS) {
+    const int row = first_row + warp_position / TILE_W, column = first_column + warp_position % TILE_W;
+    const int below = static_cast<int>(out_height) - row, right = static_cast<int>(out_width) - column;
+    // the same in the whole warp
+    if (below > 0 && right > 0) {
+      const i64 rows = (out_height + kPatchHeight - 1) / kPatchHeight,
+                columns = (out_width + kPatchWidth - 1) / kPatchWidth;
+      const i64 patch = (sample * rows + row / kPatchHeight) * columns + column / kPatchWidth;
+      write_moments(sum, offsets + warp_k, below < kPatchHeight ? below : kPatchHeight,
+                    right < kPatchWidth ? right : kPatchWidth, channels_of_y - first_k - warp_k,
+                    moments + (patch * out_channels + first_k + warp_k) * 2);
+    }
+  }
   const i64 positions = batch * out_height * out_width, workspace_row = padded(channels_of_y);
 #pragma unroll
   for (int i = 0; i < kWarpPositions / 16; ++i) {
@@ -409,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
       const i64 position = (sample * out_height + row) * out_width + column;
       float of_row[OUT_VECTOR];
       load_floats<OUT_VECTOR>(scratch + item / kVectors * kScratchRow + k_of_warp, of_row);
-      if (workspace != nullptr) {
+      if (!MOMENTS && workspace != nullptr) {
         store_floats<OUT_VECTOR>(workspace + (split * positions + position) * workspace_row + k, of_row);
       } else {
         write(of_row, offsets + warp_k + k_of_warp, residual, output_scale, y, position * out_channels + k);

@@ -7,7 +7,7 @@
 // Defined by the host: DTYPE, the feature maps' element; PARAMETER_DTYPE, that of weight, bias and channel_bias;
 // VECTOR, elements of one memory access; CHANNELS_LAST, 1 for [B, S, C] maps and 0 for [B, C, S]. VECTOR divides the
 // innermost extent of x, skip and y.
-#include "device.cuh"
+#include "moments.cuh"
 
 using namespace fastsd;
 
@@ -94,10 +94,6 @@ struct Mesh {
   }
 };
 
-// The sum mean + residue is the mean: where it is large and the variance small, one float32 is too coarse for it.
-struct Partial {
-  float mean, residue, m2;
-};
 struct Statistic {
   float mean, residue, rstd;
 };
@@ -260,7 +256,7 @@ __device__ float parameter(const P* values, i64 index, float otherwise) {
 // partials [B, groups, splits]: of the elements that a split covers.
 // Shared: tile · Shifted, 2 · groups of a tile floats, then the cells of sum_groups.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
-    group_norm_silu_stats(const T* x, const T* skip, const P* channel_bias, Partial* partials, i64 x_channels,
+    group_norm_silu_stats(const T* x, const T* skip, const P* channel_bias, Moments* partials, i64 x_channels,
                           i64 skip_channels, i64 space, i64 num_groups, i64 channel_bias_stride, i64 tile, i64 chunk,
                           i64 chunks) {
   const int channels = static_cast<int>(x_channels + skip_channels), thread = threadIdx.x, threads = blockDim.x;
@@ -306,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocess
 // y: [B, C, S] or [B, S, C]. Shared: tile · Applied, then groups of a tile · Statistic.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
     group_norm_silu_apply(const T* x, const T* skip, const P* weight, const P* bias, const P* channel_bias,
-                          const Partial* partials, T* y, i64 x_channels, i64 skip_channels, i64 space, i64 num_groups,
+                          const Moments* partials, T* y, i64 x_channels, i64 skip_channels, i64 space, i64 num_groups,
                           i64 channel_bias_stride, i64 tile, i64 chunk, i64 chunks, float eps, i64 activate) {
   const int channels = static_cast<int>(x_channels + skip_channels), thread = threadIdx.x, threads = blockDim.x;
   const int width = channels / static_cast<int>(num_groups);
@@ -320,24 +316,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocess
   const float elements = static_cast<float>(width) * static_cast<float>(space);
 #pragma unroll 1
   for (int group = thread / kWarp; group < part.groups; group += threads / kWarp) {
-    // Chan, Golub and LeVeque's merge of all splits at once; each lane takes every 32nd
-    const Partial* own = partials + (part.sample * num_groups + part.first_group + group) * splits;
-    const int lane = thread % kWarp;
-    const float origin = own[0].mean;
-    float sum = 0.0f, m2 = 0.0f;
-#pragma unroll 1
-    for (int split = lane; split < splits; split += kWarp) {
-      sum += cut.elements(split) * ((own[split].mean - origin) + own[split].residue);
-    }
-    const float correction = warp_sum(sum) / elements, mean = origin + correction;
-    const float residue = correction - (mean - origin);
-#pragma unroll 1
-    for (int split = lane; split < splits; split += kWarp) {
-      const float deviation = (own[split].mean - mean) + (own[split].residue - residue);
-      m2 += own[split].m2 + cut.elements(split) * deviation * deviation;
-    }
-    const float variance = warp_sum(m2) / elements;
-    if (lane == 0) statistics[group] = {mean, residue, rsqrtf(variance + eps)};
+    const Moments* own = partials + (part.sample * num_groups + part.first_group + group) * splits;
+    const Moments merged =
+        merge(splits, elements, [&](int split) { return own[split]; }, [&](int split) { return cut.elements(split); });
+    const float rstd = rsqrtf(merged.m2 / elements + eps);
+    if (thread % kWarp == 0) statistics[group] = {merged.mean, merged.residue, rstd};
   }
   __syncthreads();
 #pragma unroll 1

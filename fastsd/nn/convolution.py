@@ -53,7 +53,7 @@ def convolve(
     """
     settings, conv = settings_of(owner), getattr(owner, name)
     backend = None if settings is None else settings.backend
-    parameters = _norm_parameters(x, norm, scale_shift)
+    parameters = norm_parameters(x, norm, scale_shift)
     others = (channel_bias, residual, *(parameters or {}).values())
     if settings is None or parameters is None or not is_fused(owner, name, x, *others):
         z = x if norm is None else normalise(owner, x, norm, input_bias, scale_shift, activation)
@@ -63,11 +63,10 @@ def convolve(
         y = y if channel_bias is None else y + channel_bias
         return epilogue(y, None, residual, output_scale)
 
-    if not torch.compiler.is_compiling():
-        settings.budget.admit(conv.weight)
+    keep_copies(owner, name)
     (vertical, horizontal), (left, right, top, bottom) = conv.padding, padding
     x = x if input_bias is None else x + input_bias
-    row = None if channel_bias is None else _row(channel_bias, x, conv.out_channels)
+    row = None if channel_bias is None else row_of(channel_bias, x, conv.out_channels)
     # what does not fit the op broadcasts or promotes as a sum does
     fits = (channel_bias is None or row is not None) and (
         residual is None or (residual.dtype == x.dtype and residual.shape[0] == x.shape[0])
@@ -101,6 +100,27 @@ def is_fused(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
     """
     conv = getattr(owner, name)
     return (
+        is_op_convolution(owner, name)
+        and x.dim() == 4
+        and x.shape[1] == conv.in_channels
+        and x.shape[2] > 0
+        and x.shape[3] > 0
+        and is_inference(conv, x, *others)
+    )
+
+
+def keep_copies(owner: nn.Module, *names: str) -> None:
+    """Let the op keep copies of the weights of these convolutions, which may have been replaced since the patch."""
+    settings = settings_of(owner)
+    if settings is not None and not torch.compiler.is_compiling():
+        for name in names:
+            settings.budget.admit(getattr(owner, name).weight)
+
+
+def is_op_convolution(owner: nn.Module, name: str) -> bool:
+    """Whether ``owner.<name>`` is a convolution that the op knows, and may be read through."""
+    conv = getattr(owner, name)
+    return (
         why_not_plain(owner, name, nn.Conv2d) is None
         # what seamless tiling and the like override
         and "_conv_forward" not in conv.__dict__
@@ -111,11 +131,16 @@ def is_fused(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
-        and x.dim() == 4
-        and x.shape[1] == conv.in_channels
-        and x.shape[2] > 0
-        and x.shape[3] > 0
-        and x.device.type == conv.weight.device.type == "cpu"
+    )
+
+
+def is_inference(conv: nn.Conv2d, x: Tensor, *others: Any) -> bool:
+    """Whether a convolution of ``x`` may run as the op: on the CPU, in one dtype, no gradient wanted.
+
+    ``others``: what else goes into it.
+    """
+    return (
+        x.device.type == conv.weight.device.type == "cpu"
         and x.dtype == conv.weight.dtype
         and x.dtype in DTYPES
         and (conv.bias is None or conv.bias.dtype == x.dtype)
@@ -128,7 +153,7 @@ def _wants_gradient(*values: Any) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
-def _norm_parameters(
+def norm_parameters(
     x: Tensor, norm: nn.GroupNorm | None, scale_shift: tuple[Tensor, Tensor] | None
 ) -> dict[str, Any] | None:
     """The op's arguments for the norm; ``None`` where scale and shift are not one number per sample and channel."""
@@ -137,7 +162,7 @@ def _norm_parameters(
     weight: Tensor | None = norm.weight
     bias: Tensor | None = norm.bias
     if scale_shift is not None:
-        scale, shift = (_row(t, x, norm.num_channels) for t in scale_shift)
+        scale, shift = (row_of(t, x, norm.num_channels) for t in scale_shift)
         if scale is None or shift is None:
             return None
         scale, shift = (1 + scale).expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
@@ -146,7 +171,7 @@ def _norm_parameters(
     return {"num_groups": norm.num_groups, "norm_weight": weight, "norm_bias": bias, "eps": norm.eps}
 
 
-def _row(t: Tensor, x: Tensor, channels: int) -> Tensor | None:
+def row_of(t: Tensor, x: Tensor, channels: int) -> Tensor | None:
     """``[B or 1, C]`` of ``t [B or 1, C, 1, 1]``, ``None`` for anything else, which only a sum broadcasts."""
     if t.dtype == x.dtype and t.dim() == 4 and t.shape[1:] == (channels, 1, 1) and t.shape[0] in (1, x.shape[0]):
         return t.flatten(1)
@@ -163,7 +188,7 @@ def normalise(
 ) -> Tensor:
     """``act(norm(x + input_bias) · (1 + scale) + shift)``, with the arguments of :func:`convolve`."""
     settings = settings_of(owner)
-    row = None if input_bias is None else _row(input_bias, x, norm.num_channels)
+    row = None if input_bias is None else row_of(input_bias, x, norm.num_channels)
     if input_bias is not None and row is None:
         x = x + input_bias
     z = group_norm_silu(
@@ -198,6 +223,5 @@ def example_convolution(
         if not is_fused(owner, name, x):
             return {}
     norm = (num_groups, weight, bias, eps, None, None, activation)
-    return {
-        "conv2d": (x, conv.weight, conv.bias, conv.stride[0], [1, 1, 1, 1], None, *norm, None, None, None, 1.0, None)
-    }
+    padding = [conv.kernel_size[0] // 2] * 4
+    return {"conv2d": (x, conv.weight, conv.bias, conv.stride[0], padding, None, *norm, None, None, None, 1.0, None)}

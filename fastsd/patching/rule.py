@@ -33,6 +33,8 @@ class Rule:
         reject: why this module cannot be replaced, as a sentence; ``None`` where it can.
         op_calls: the ops that the replacement of a module calls, by name, each with arguments such as the module
             would give. A report names the backend that serves them, and a backend that is forced must serve them.
+        passes_on: children that stay modules of their own, for which the rules are asked too. All other modules
+            inside belong to the one that is replaced.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Rule:
     replacement: type[Replacement] | str
     reject: Callable[[nn.Module], str | None]
     op_calls: Callable[[nn.Module], Mapping[str, tuple[Any, ...]]] = _no_op_calls
+    passes_on: tuple[str, ...] = ()
 
     @property
     def target_path(self) -> str:

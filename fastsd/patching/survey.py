@@ -48,18 +48,18 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
     """Every module below ``root`` that a rule knows, and every other that holds parameters of its own.
 
     A module that is replaced already belongs to the rule that replaced it, unless ``rules`` has one for its stock
-    class. Modules inside one that a rule knows belong to it: of them, only those with a rule of their own inside
-    one that is refused are found. The root is never found: its class is saved with the model.
+    class. Modules inside one that a rule knows belong to it, but for the children that the rule passes on: of them,
+    only those with a rule of their own inside one that is refused are found. The root is never found: its class is
+    saved with the model.
     """
     by_target = {rule.target_class(): rule for rule in rules}
     seen = {id(root)}
 
-    def visit(parent: nn.Module, prefix: str, inside_refused: bool) -> Iterator[Finding]:
-        for name, module in parent.named_children():
+    def visit(modules: Iterable[tuple[str, nn.Module]], inside_refused: bool) -> Iterator[Finding]:
+        for path, module in modules:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            path = f"{prefix}{name}"
             settings = settings_of(module)
             stock = type(module) if settings is None else settings.stock
             rule = by_target.get(stock, None if settings is None else settings.rule)
@@ -69,10 +69,12 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
                 yield Finding(path, module, rule, refusal)
             elif not inside_refused and any(p is not None for p in module._parameters.values()):
                 yield Finding(path, module, None)
-            if rule is None or refusal is not None:
-                yield from visit(module, f"{path}.", inside_refused or refusal is not None)
+            inside = {f"{path}.{name}": child for name, child in module.named_children()}
+            if rule is not None and refusal is None:
+                inside = {at: child for at, child in inside.items() if at.rpartition(".")[2] in rule.passes_on}
+            yield from visit(inside.items(), inside_refused or refusal is not None)
 
-    return visit(root, "", False)
+    return visit(root.named_children(), False)
 
 
 def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | None:

@@ -1,10 +1,11 @@
-"""``python -m bench blocks`` and ``crossover``: what is measured, and what does not count."""
+"""``python -m bench blocks``: what is measured, and what does not count."""
 
 import json
 
 import pytest
+import torch
 
-from bench import blocks, crossover
+from bench import blocks
 from bench.__main__ import main
 from fastsd_kernels.conv2d import cpu_impl
 
@@ -21,6 +22,26 @@ def test_blocks_of_a_model():
     assert by_name["ResnetBlock2D 1x1280->1280x8x8"] == 4
     assert by_name["Upsample2D 1x640->640x32x32"] == 1
     assert len(blocks.distinct("vae-sd", 1, 64)) < sum(blocks.distinct("vae-sd", 1, 64).values())
+
+
+@pytest.mark.parametrize("model", ["sdxl", "vae-sd", "bk-tiny"])
+def test_only_one_block_takes_memory(model):
+    for block in blocks.distinct(model, 1, None):
+        tensors = [value for value in block.arguments if isinstance(value, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in (*tensors, *block.module.parameters()))
+
+
+@torch.no_grad()
+def test_sizes_that_an_upsampling_is_asked_for():
+    # a latent of 10 is halved to 5 and 3: the way back is no doubling
+    named = {block.name: block for block in blocks.distinct("sd15", 1, 10)}
+    holder, given = named["Upsample2D 1x1280->1280x3x3"].build(torch.device("cpu"))
+    assert holder[0](*given).shape == (1, 1280, 5, 5)
+
+
+def test_compiled_block_of_a_vae(capsys):
+    assert bench("--model", "vae-sd", "--blocks", "ResnetBlock2D 1x512->512x8x8", "--compile") == 0
+    assert "compile ms" in capsys.readouterr().out
 
 
 def test_result_file(tmp_path, capsys):
@@ -52,15 +73,3 @@ def test_a_wrong_block_does_not_count(monkeypatch, capsys):
 def test_no_such_block(capsys):
     assert bench("--blocks", "Transformer") == 2
     assert "none contains 'Transformer'" in capsys.readouterr().err
-
-
-def test_crossover(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(crossover, "CHANNELS", (16,))
-    monkeypatch.setattr(crossover, "SIDES", (4, 8))
-    path = tmp_path / "crossover.json"
-    assert main(["crossover", "--repeats", "1", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["channels"], row["side"]) for row in rows] == [(16, 4), (16, 8)]
-    assert set(rows[0]["seconds"]) == {"direct", "product", "winograd2", "winograd4"}
-    assert rows[0]["chosen"] in rows[0]["seconds"]
-    assert "loses" in capsys.readouterr().out

@@ -59,6 +59,12 @@ def test_every_step_is_a_command_that_exists(has_gpu, tmp_path):
                 check_providers(options.providers.split(","), options.device)
 
 
+def test_a_cpu_has_its_algorithms_and_the_blocks_of_a_vae():
+    only = {"crossover", "blocks-sd15-float32", "blocks-vae-sd-float32"}
+    assert only <= {step.name for step in report.steps_for(has_gpu=False)}
+    assert not only & {step.name for step in report.steps_for(has_gpu=True)}
+
+
 def test_checkout_that_is_not_installed(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "cuda_sources" in name else found(name))

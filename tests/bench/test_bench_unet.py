@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import unet
+from bench import footprint, harness, providers, unet
 from bench.__main__ import main
-from bench.providers import PROVIDERS, prepare, twin
+from bench.providers import PROVIDERS, prepare, prepare_in_place, twin
 from fastsd import models
 from fastsd_kernels.conv2d import reference
 
@@ -43,6 +43,58 @@ def test_result_file(tmp_path, capsys):
     }
     printed = capsys.readouterr().out
     assert all(name in printed for name in medians)
+
+
+def test_peak_memory(tmp_path, capsys):
+    # what the parent holds is none of a provider's business
+    ballast = torch.ones(400 << 20)
+    path = tmp_path / "result.json"
+    assert bench("--peak-memory", "--json", str(path)) == 0
+    for row in json.loads(path.read_text())["providers"].values():
+        assert list(row) == ["median_s", "p20_s", "p80_s", "relative_l2", "peak_bytes", "first_call_s"]
+        assert 100e6 < row["peak_bytes"] < ballast.nbytes
+        assert row["first_call_s"] > 0
+    printed = capsys.readouterr().out
+    assert "peak GB" in printed
+    assert "first call s" in printed
+
+
+def test_a_footprint_that_fails_leaves_the_timings(monkeypatch, capsys):
+    def broken(name, *arguments):
+        if name == "fastsd":
+            raise RuntimeError("out of\nmemory")
+        return footprint.Footprint(123_000_000, 4.0)
+
+    monkeypatch.setattr(footprint, "in_fresh_process", broken)
+    assert bench("--peak-memory") == 1
+    captured = capsys.readouterr()
+    assert "fastsd has no peak of memory: out of memory" in captured.err
+    assert "0.12" in captured.out  # eager's
+    rows = [line.split() for line in captured.out.splitlines() if line.startswith("fastsd")]
+    assert [row[-3:] for row in rows] == [["-", "-", "-"]]
+
+
+def test_footprint_is_of_the_model_itself(monkeypatch):
+    def copies(*arguments):
+        raise AssertionError("a copy of the model is not what a user has")
+
+    monkeypatch.setattr(providers, "twin", copies)
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *arguments: (torch.ones(400 << 20), load(*arguments))[1])
+    found = footprint.measure("fastsd-channels_last", "tiny", 1, 8, torch.float32, torch.device("cpu"))
+    assert 100e6 < found.peak_bytes < 4 * (400 << 20)  # what only loading took is not counted
+
+
+@torch.no_grad()
+def test_in_place_is_the_same_provider():
+    model, own = models.load("tiny"), models.load("tiny")
+    inputs = models.example_inputs(model, latent=8)
+    for name in ("eager", "channels_last", "fastsd-channels_last"):
+        expected = models.flat_output(prepare(name, model, inputs)())
+        assert harness.relative_l2(models.flat_output(prepare_in_place(name, own, inputs)()), expected) < 1e-6, name
+    layouts = {p.is_contiguous(memory_format=torch.channels_last) for p in own.parameters() if p.dim() == 4}
+    assert layouts == {True}
+    assert [type(module) for module in own.modules()] != [type(module) for module in model.modules()]
 
 
 def test_half_precision_is_held_against_float32(tiny):

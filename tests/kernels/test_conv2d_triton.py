@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
 triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.conv2d import TRITON, triton_launches  # noqa: E402
+from tests.kernels.gates.conv2d import SHARED_BYTES, TRITON, triton_launches, triton_shared_bytes  # noqa: E402
 
 ALL = list(cases.samples("cpu", torch.float32))
 SAMPLES = [sample.name for sample in ALL if sample.kwargs.get("algorithm") in (None, "implicit_gemm")]
@@ -39,8 +39,6 @@ SD_SHAPES = (  # batch, channels of x and skip, output channels, positions, side
     (3, 30, 7, 19, 63, 3),
     (65_537, 4, 0, 4, 4, 3),
 )
-# Shared memory that a block may have on the cards from compute capability 8.0 on that have least
-SHARED_BYTES = 99 * 1024
 
 # With tiles this small a few hundred elements take the paths of large maps: several tiles of either kind, splits that
 # begin or end at the seam of x and skip, sums of splits over several tiles
@@ -177,21 +175,6 @@ def test_every_tile_has_a_gate():
 def test_shared_memory(variant, target):
     *_, convolve = (step for step in triton_launches(*variant[:-1]) if step.kernel.__name__ == "convolve")
     assert 0 < triton_shared_bytes(convolve, target) <= SHARED_BYTES
-
-
-def triton_shared_bytes(launch, target: str) -> int:
-    """Dynamic shared memory of a block, which a cubin does not tell."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    signature, constants, divisible = triton_aot.specialise(launch.kernel, launch.args)
-    attributes = {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    compiled = compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", triton_aot._CAPABILITIES[target], 32),
-        options={"num_warps": launch.num_warps},
-    )
-    return compiled.metadata.shared
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 128, 1 << 12, 1 << 13), (3 << 30, 1, 1, 1)], ids=str)

@@ -105,6 +105,11 @@ def block_count(name: str) -> int:
     return _MODELS[name][2]
 
 
+def norm_count(name: str) -> int:
+    """How many norms of ``build(name)`` have an activation behind them: two of a block, one of either half of a VAE."""
+    return 2 * block_count(name) + (2 if name == "vae" else 0)
+
+
 def blocks(model: nn.Module) -> list[ResnetBlock2D]:
     """The residual blocks of a model, fast or stock."""
     return [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
@@ -176,19 +181,31 @@ class _OpCounter(TorchDispatchMode):
         self.norms = self.convolutions = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.convolutions += function is torch.ops.fastsd.conv2d.default
-        self.norms += has_fused_norm(function, args)
+        self.convolutions += fused_in(function, args, "convolutions")
+        self.norms += fused_in(function, args, "norms")
         return function(*args, **(kwargs or {}))
 
 
-def has_fused_norm(target: Any, args: Any) -> bool:
-    """Whether a call computes a norm in an op of fastsd: two per block that runs its fast forward."""
-    num_groups_of_conv2d = args[6] if target is torch.ops.fastsd.conv2d.default and len(args) > 6 else 0
-    return target is torch.ops.fastsd.group_norm_silu.default or num_groups_of_conv2d > 0
+def fused_in(target: Any, args: Any, what: str) -> int:
+    """How many ``"convolutions"``, or ``"norms"`` with an activation behind them, a call computes in an op of fastsd.
+
+    A residual block that runs its fast forward has two such norms; transformers have none.
+    """
+    if target is torch.ops.fastsd.resnet_block.default:
+        _, conv1, conv2, *rest = args
+        shortcut = rest[11] if len(rest) > 11 else None
+        kernels = [weight for weight in (conv1, conv2, shortcut) if weight is not None]
+        return len(kernels) if what == "convolutions" else 2 * (conv1 is not None)
+    if target is torch.ops.fastsd.conv2d.default:
+        is_activated_norm = len(args) > 12 and args[6] > 0 and args[12] == "silu"
+        return 1 if what == "convolutions" else int(is_activated_norm)
+    # the activation is SiLU unless another is given
+    is_activated = len(args) <= 5 or args[5] == "silu"
+    return int(what == "norms" and target is torch.ops.fastsd.group_norm_silu.default and is_activated)
 
 
 def op_calls(function: Callable[[], Any]) -> int:
-    """How many norms ``function()`` computes in ops of fastsd."""
+    """How many norms with an activation ``function()`` computes in ops of fastsd."""
     with torch.no_grad(), _OpCounter() as counter:
         function()
     return counter.norms

@@ -25,6 +25,9 @@ def test_stock_model():
         ("ResnetBlock2D", "resnet_block"): 8,
         ("Downsample2D", "downsample"): 1,
         ("Upsample2D", "upsample"): 1,
+        ("Transformer2DModel", "transformer"): 4,
+        ("UpBlock2D", "up_block"): 1,
+        ("CrossAttnUpBlock2D", "cross_attention_up_block"): 1,
     }
     for each in known:
         assert not each.replaced
@@ -35,8 +38,8 @@ def test_stock_model():
 def test_patched_model():
     each = entry(fastsd.patch(build()), "up_blocks.1.resnets.0")
     assert (each.class_name, each.rule, each.replaced, each.reason) == ("ResnetBlock2D", "resnet_block", True, None)
-    assert each.ops == ("conv2d",)
-    assert each.backends == {"conv2d": "cpu"}
+    assert each.ops == ("resnet_block",)
+    assert each.backends == {"resnet_block": "cpu"}
 
 
 def test_after_unpatch_it_is_as_before():
@@ -46,17 +49,24 @@ def test_after_unpatch_it_is_as_before():
     assert fastsd.report(fastsd.unpatch(model)) == before
 
 
-def test_modules_of_a_replaced_one_belong_to_it():
-    model = fastsd.patch(build())
+@pytest.mark.parametrize("name", ["unet", "vae", "controlnet"])
+def test_modules_of_a_replaced_one_belong_to_it(name):
+    model = fastsd.patch(build(name))
     paths = [entry.path for entry in fastsd.report(model).entries]
     assert len(paths) == len(set(paths))
-    replaced = {path for path, module in model.named_modules() if settings_of(module) is not None}
+    replaced = {path: settings_of(module) for path, module in model.named_modules() if settings_of(module) is not None}
+
+    def belongs(path):
+        return any(
+            path.startswith(f"{owner}.")
+            and not path.startswith(tuple(f"{owner}.{child}." for child in settings.rule.passes_on))
+            for owner, settings in replaced.items()
+        )
+
     outside = {
-        path
-        for path, module in model.named_modules()
-        if list(module.parameters(recurse=False)) and not any(path.startswith(f"{owner}.") for owner in replaced)
+        path for path, module in model.named_modules() if list(module.parameters(recurse=False)) and not belongs(path)
     }
-    assert set(paths) == outside | replaced
+    assert set(paths) == outside | set(replaced)
 
 
 def test_model_without_a_rule():
@@ -90,18 +100,18 @@ def test_hook_after_patch():
 )
 def test_backend_of_device_and_dtype(dtype, device, backend):
     model = fastsd.patch(build().to(device, dtype))
-    assert entry(model, "mid_block.resnets.0").backends == {"conv2d": backend}
+    assert entry(model, "mid_block.resnets.0").backends == {"resnet_block": backend}
 
 
 def test_backend_that_no_longer_serves():
     model = fastsd.patch(build(), backend="cpu").double()
-    assert "float64" in entry(model, "mid_block.resnets.0").backends["conv2d"]
+    assert "float64" in entry(model, "mid_block.resnets.0").backends["resnet_block"]
 
 
 def test_backend_of_the_environment(monkeypatch):
     model = fastsd.patch(build())
     monkeypatch.setenv("FASTSD_BACKEND", "reference")
-    assert entry(model, "mid_block.resnets.0").backends == {"conv2d": "reference"}
+    assert entry(model, "mid_block.resnets.0").backends == {"resnet_block": "reference"}
 
 
 def test_text():
@@ -109,15 +119,18 @@ def test_text():
     model.mid_block.resnets[0].nonlinearity = nn.GELU()
     assert str(fastsd.report(model)).splitlines() == [
         "UNet2DConditionModel",
-        "  ResnetBlock2D     7  replaced by resnet_block → conv2d [cpu]",
-        "  Downsample2D      1  replaced by downsample → conv2d [cpu]",
-        "  Upsample2D        1  replaced by upsample → conv2d [cpu]",
-        "  ResnetBlock2D     1  replaced by resnet_block: nonlinearity is a torch.nn.modules.activation.GELU, "
+        "  Transformer2DModel     4  replaced by transformer → conv2d [cpu]",
+        "  ResnetBlock2D          7  replaced by resnet_block → resnet_block [cpu]",
+        "  Downsample2D           1  replaced by downsample → conv2d [cpu]",
+        "  UpBlock2D              1  replaced by up_block",
+        "  Upsample2D             1  replaced by upsample → conv2d [cpu]",
+        "  CrossAttnUpBlock2D     1  replaced by cross_attention_up_block",
+        "  ResnetBlock2D          1  replaced by resnet_block: nonlinearity is a torch.nn.modules.activation.GELU, "
         "expected a plain SiLU",
-        "  Conv2d           10  left: no rule for this class",
-        "  Linear           42  left: no rule for this class",
-        "  GroupNorm         5  left: no rule for this class",
-        "  LayerNorm        12  left: no rule for this class",
+        "  Conv2d                 2  left: no rule for this class",
+        "  Linear                42  left: no rule for this class",
+        "  LayerNorm             12  left: no rule for this class",
+        "  GroupNorm              1  left: no rule for this class",
     ]
 
 

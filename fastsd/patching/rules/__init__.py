@@ -1,6 +1,18 @@
 """The rules that come with fastsd, one file per kind of module."""
 
+from fastsd.patching.rules.autoencoder import VAE_DECODER, VAE_ENCODER
 from fastsd.patching.rules.resampling import DOWNSAMPLE, UPSAMPLE
 from fastsd.patching.rules.resnet_block import RESNET_BLOCK
+from fastsd.patching.rules.transformer import TRANSFORMER
+from fastsd.patching.rules.up_block import CROSS_ATTENTION_UP_BLOCK, UP_BLOCK
 
-BUILT_IN = (RESNET_BLOCK, DOWNSAMPLE, UPSAMPLE)
+BUILT_IN = (
+    RESNET_BLOCK,
+    DOWNSAMPLE,
+    UPSAMPLE,
+    UP_BLOCK,
+    CROSS_ATTENTION_UP_BLOCK,
+    TRANSFORMER,
+    VAE_ENCODER,
+    VAE_DECODER,
+)

@@ -6,6 +6,9 @@ kernel behind the statistics of the norm; norm, activation, concatenation and en
 It works on channels-last maps: ``x``, ``skip`` or ``residual`` of another layout are copied once, and the result is
 copied back to the layout of ``x``. Weights are read as ``[K, R·R, C]``, which channels-last weights are; others are
 copied at each call, as are those whose channels, of ``x`` or of ``skip``, are no multiple of 8.
+
+A convolution can note the :class:`Moments` of its result while that is in registers, and a norm that follows needs no
+pass over the map. Where the input channels are split, no block has a whole sum, and nothing is noted.
 """
 
 import functools
@@ -58,6 +61,12 @@ class Tile:
     def threads(self) -> int:
         return self.height * self.width // _WARP_POSITIONS * (self.channels // self.warp_channels) * _WARP
 
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a warp's positions."""
+        width = min(self.width, _WARP_POSITIONS)
+        return _WARP_POSITIONS // width, width
+
     def count(self, channels: int, height: int, width: int) -> int:
         """Tiles of one sample of the result."""
         return math.ceil(channels / self.channels) * math.ceil(height / self.height) * math.ceil(width / self.width)
@@ -78,6 +87,16 @@ class Plan:
     convolve: Launch
     reduce: Launch
     splits: int  # of the input channels; with one, the workspace and the last launch are not needed
+    patch: tuple[int, int] | None  # height and width of those whose moments are noted; None where none are
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel over each patch of a map: the mean, and the sum of squared deviations from it."""
+
+    values: Tensor  # [B, patches of rows, patches of columns, C, 2], float32
+    patch: tuple[int, int]  # height and width; less at the map's edges
+    map_width: int  # of the map in patches: to a pointwise convolution it is one row
 
 
 @functools.lru_cache(maxsize=1024)
@@ -117,6 +136,7 @@ def plan(
     alignment: int,
     out_alignment: int,
     multiprocessors: int,
+    moments: bool = False,
 ) -> Plan:
     """The launches for a result that is not empty.
 
@@ -124,6 +144,7 @@ def plan(
         alignment: bytes that the addresses of x and skip are a multiple of.
         out_alignment: the same of residual and result.
         multiprocessors: of the card; the input channels are split until the grid is wide enough for all of them.
+        moments: whether those of the result are wanted; they are noted only if the input channels are not split.
     """
 
     def vector(alignment: int, *rows: int) -> int:
@@ -137,6 +158,7 @@ def plan(
     steps = math.ceil(x_channels / step) + math.ceil(skip_channels / step)
     wanted = min(_BLOCKS_PER_MULTIPROCESSOR * multiprocessors // tiles, _MAX_SPLITS)
     splits = max(1, min(wanted, steps * kernel * kernel // _SPLIT_PRODUCTS, steps))
+    patch = tile.patch if moments and splits == 1 else None
     vectors = batch * out_height * out_width * out_channels // out_vector
     return Plan(
         defines=(
@@ -151,6 +173,7 @@ def plan(
             f"TILE_K={tile.channels}",
             f"WARP_K={tile.warp_channels}",
             f"STEP={step}",
+            f"MOMENTS={int(patch is not None)}",
         ),
         coefficients=Launch("conv2d_coefficients", (batch * num_groups, 1, 1), (_WARP, 1, 1), 0),
         convolve=Launch(
@@ -161,6 +184,7 @@ def plan(
         ),
         reduce=Launch("conv2d_reduce", (math.ceil(vectors / _REDUCE_THREADS), 1, 1), (_REDUCE_THREADS, 1, 1), 0),
         splits=splits,
+        patch=patch,
     )
 
 
@@ -210,18 +234,28 @@ def fastest(capability: tuple[int, int], shape: tuple[int, int, int, int, int, i
     return "implicit_gemm" if shape in FASTER.get(capability, ()) else "direct"
 
 
+def chosen(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], upsample_size: Sequence[int] | None) -> str:
+    """The algorithm that ``None`` stands for, on the card that ``x`` is on."""
+    if x.dtype not in DTYPES or not FASTER:
+        return "direct"
+    height, width = output_size(upsample_size or x.shape[2:], weight.shape[2], stride, padding)
+    shape = (weight.shape[2], stride, weight.shape[1], weight.shape[0], height, width)
+    return fastest(torch.cuda.get_device_capability(x.device), shape)
+
+
 def run(x: Tensor, weight: Tensor, *args: object) -> Tensor:
     *rest, algorithm = args
-    if algorithm is None and x.dtype in DTYPES and FASTER:
-        size = output_size(rest[11] or x.shape[2:], weight.shape[2], rest[1], rest[2])  # type: ignore[arg-type]
-        shape = (weight.shape[2], rest[1], weight.shape[1], weight.shape[0], *size)
-        algorithm = fastest(torch.cuda.get_device_capability(x.device), shape)  # type: ignore[arg-type]
-    if algorithm == "implicit_gemm":
-        return compute(cuda_runtime.launch, cuda_runtime.multiprocessors(x.device), x, weight, *rest)  # type: ignore[arg-type]
+    if (algorithm or chosen(x, weight, rest[1], rest[2], rest[11])) == "implicit_gemm":  # type: ignore[arg-type]
+        return compute(cuda_runtime.launch, cuda_runtime.multiprocessors(x.device), x, weight, *rest)
     return composed.run(x, weight, *rest)  # type: ignore[arg-type]
 
 
-def compute(
+def compute(launch: Callable[..., None], multiprocessors: int, x: Tensor, weight: Tensor, *args: object) -> Tensor:
+    """``implicit_gemm`` alone: the result of :func:`convolve`."""
+    return convolve(launch, multiprocessors, x, weight, *args)[0]  # type: ignore[arg-type]
+
+
+def convolve(
     launch: Callable[..., None],
     multiprocessors: int,
     x: Tensor,  # [B, C1, H, W]
@@ -241,8 +275,17 @@ def compute(
     channel_bias: Tensor | None,  # [B, K] or [1, K]
     residual: Tensor | None,  # [B, K, H', W']
     output_scale: float,
-) -> Tensor:  # [B, K, H', W']
-    """``implicit_gemm`` through ``launch``, which is :func:`fastsd_kernels.cuda_runtime.launch` or works as it does."""
+    *,
+    moments_of_x: Moments | None = None,
+    note_moments: bool = False,
+) -> tuple[Tensor, Moments | None]:  # [B, K, H', W']
+    """``implicit_gemm`` through ``launch``, which is :func:`fastsd_kernels.cuda_runtime.launch` or works as it does.
+
+    Args:
+        moments_of_x: noted by the convolution that made ``x``; in place of ``mean`` and ``rstd``, without ``skip``.
+        note_moments: return the result's moments, unless the input channels are split; for a result without
+            ``residual`` and ``output_scale``.
+    """
     batch, x_channels, height, width = x.shape
     out_channels, channels, kernel, _ = weight.shape
     skip_channels = channels - x_channels
@@ -250,7 +293,7 @@ def compute(
     out_height, out_width = output_size((enlarged_height, enlarged_width), kernel, stride, padding)
     result = empty_map(x, out_channels, is_channels_last(x), (out_height, out_width))
     if result.numel() == 0:
-        return result
+        return result, None
 
     out = result if is_dense(result, True) else empty_map(x, out_channels, True, (out_height, out_width))
     x = dense(x, True)
@@ -279,6 +322,7 @@ def compute(
         alignment=alignment(x, skip),
         out_alignment=alignment(residual, out),
         multiprocessors=multiprocessors,
+        moments=note_moments,
     )
 
     start = functools.partial(_start, launch, x.device)
@@ -286,7 +330,7 @@ def compute(
     coefficients = None
     if num_groups and height * width:
         coefficients = x.new_empty((batch, 3, packed.shape[2]), dtype=torch.float32)  # center, scale, offset
-        statistics, cut = _statistics(start, multiprocessors, x, skip, num_groups, mean, rstd)
+        statistics, cut = _statistics(start, multiprocessors, x, skip, num_groups, mean, rstd, moments_of_x)
         strides = [0 if q is None or q.dim() == 1 else channels for q in (norm_weight, norm_bias)]
         sizes = [x_channels, skip_channels, height * width, num_groups, *strides, *cut]
         start(SOURCE, p.coefficients, p.defines, [*statistics, norm_weight, norm_bias, coefficients, *sizes, eps])
@@ -296,12 +340,17 @@ def compute(
     if p.splits > 1:
         row = math.ceil(out_channels / _COLUMN) * _COLUMN
         workspace = x.new_empty((p.splits, batch, out_height, out_width, row), dtype=torch.float32)
+    moments = None
+    if p.patch is not None:
+        patches = (math.ceil(out_height / p.patch[0]), math.ceil(out_width / p.patch[1]))
+        moments = Moments(x.new_empty((batch, *patches, out_channels, 2), dtype=torch.float32), p.patch, out_width)
     start(
         SOURCE,
         p.convolve,
         p.defines,
         [
             *(x, skip, packed, coefficients, bias, channel_bias, residual, out, workspace),
+            None if moments is None else moments.values,
             *(batch, x_channels, skip_channels, height, width, enlarged_height, enlarged_width, left, top),
             *(out_channels, out_height, out_width, channel_bias_stride, p.splits, int(activation == "silu")),
             *(*factors, output_scale),
@@ -310,7 +359,7 @@ def compute(
     if p.splits > 1:
         sizes = [batch, out_height * out_width, out_channels, channel_bias_stride, p.splits]
         start(SOURCE, p.reduce, p.defines, [workspace, bias, channel_bias, residual, out, *sizes, output_scale])
-    return result if out is result else result.copy_(out)
+    return result if out is result else result.copy_(out), moments
 
 
 def _statistics(
@@ -321,10 +370,13 @@ def _statistics(
     num_groups: int,
     mean: Tensor | None,
     rstd: Tensor | None,
+    moments: Moments | None,
 ) -> tuple[list[Tensor | None], list[int]]:
-    """Partial moments, mean and rstd, as conv2d_coefficients takes them, and how the partial moments are cut."""
+    """The statistics as conv2d_coefficients takes them: partial ones, moments, mean and rstd; and how they are cut."""
     if mean is not None and rstd is not None:
-        return [None, mean.float().contiguous(), rstd.float().contiguous()], [0, 0, 0]
+        return [None, None, mean.float().contiguous(), rstd.float().contiguous()], [0] * 6
+    if moments is not None:
+        return [None, moments.values, None, None], [0, 0, 0, moments.map_width, *moments.patch]
     x_channels, skip_channels, space = x.shape[1], 0 if skip is None else skip.shape[1], x.shape[2:].numel()
     p = group_norm.plan(
         batch=x.shape[0],
@@ -342,7 +394,7 @@ def _statistics(
     cut = [p.tile, p.chunk, p.chunks]
     sizes = [x_channels, skip_channels, space, num_groups, 0]
     start(group_norm.SOURCE, p.stats, p.defines, [x, skip, None, partials, *sizes, *cut])
-    return [partials, None, None], cut
+    return [partials, None, None, None], [*cut, 0, 0, 0]
 
 
 def _start(

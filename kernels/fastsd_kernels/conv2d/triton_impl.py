@@ -24,7 +24,17 @@ from fastsd_kernels.triton_runtime import Launch, ceil_div, contiguous, row_stri
 if triton_runtime.triton is not None:
     from fastsd_kernels.conv2d import triton_kernels as kernels
 
-__all__ = ["launches", "plan", "reject", "run", "unavailable"]
+__all__ = [
+    "Moments",
+    "convolution",
+    "launches",
+    "norm_coefficients",
+    "plan",
+    "reject",
+    "run",
+    "sources",
+    "unavailable",
+]
 
 ALGORITHM = "implicit_gemm"
 
@@ -60,6 +70,13 @@ class Plan(NamedTuple):
     column_tiles: int
     splits: int
     steps_per_split: int
+
+
+class Moments(NamedTuple):
+    """Mean and sum of squared deviations from it of each channel over each tile of a map's positions."""
+
+    parts: Tensor | None  # [B, tiles, 2, C], float32; None where nobody asked
+    tile_positions: int
 
 
 def tile(positions: int, out_channels: int, itemsize: int) -> Tile:
@@ -111,61 +128,93 @@ def launches(
     algorithm: str | None,
 ) -> tuple[Tensor, tuple[Launch, ...]]:
     """The result, uninitialised, and the launches that fill it in order. Tensors may be on ``meta``."""
-    batch, (out_channels, kernel), channels_last = x.shape[0], weight.shape[:3:2], is_channels_last(x)
-    source_height, source_width = x.shape[2:]
-    height, width = (source_height, source_width) if upsample_size is None else upsample_size
-    out_height, out_width = output_size((height, width), kernel, stride, padding)
-    y = empty_map(x, out_channels, channels_last, (out_height, out_width))
+    size = x.shape[2:] if upsample_size is None else upsample_size
+    out_size = output_size(size, weight.shape[2], stride, padding)
+    y = empty_map(x, weight.shape[0], is_channels_last(x), out_size)
     if y.numel() == 0:
         return y, ()
 
+    x, skip = sources(x, skip)
+    coefficients, steps = None, list[Launch]()
+    if num_groups:
+        coefficients, steps = norm_coefficients(x, skip, num_groups, norm_weight, norm_bias, eps, mean, rstd)
+    prologue, epilogue = (coefficients, activation, upsample_size), (channel_bias, residual, output_scale)
+    more, _ = convolution(x, skip, weight, bias, stride, padding, *prologue, *epilogue, y)
+    return y, (*steps, *more)
+
+
+def sources(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``x`` and ``skip`` as the kernels read them: channels last, and neither is empty if the other is not."""
     if skip is not None and (x.shape[1] == 0 or skip.shape[1] == 0):
         x, skip = (skip, None) if x.shape[1] == 0 else (x, None)
-    x, skip, weight = dense(x, True), None if skip is None else dense(skip, True), dense(weight, True)
+    return dense(x, True), None if skip is None else dense(skip, True)
+
+
+def convolution(
+    x: Tensor,  # [B, C1, H, W], from sources
+    skip: Tensor | None,  # [B, C2, H, W], from sources
+    weight: Tensor,  # [K, C, R, R], C = C1 + C2
+    bias: Tensor | None,  # [K]
+    stride: int,
+    padding: Sequence[int],  # left, right, top, bottom
+    coefficients: Tensor | None,  # [B, 3, C], of the norm
+    activation: str,
+    upsample_size: Sequence[int] | None,  # height, width
+    channel_bias: Tensor | None,  # [B, K] or [1, K]
+    residual: Tensor | None,  # [B, K, H', W']
+    output_scale: float,
+    y: Tensor,  # out: [B, K, H', W'], dense, not empty
+    with_moments: bool = False,
+) -> tuple[list[Launch], Moments]:
+    """The launches that fill ``y``, and the moments, uninitialised, that they fill with it."""
+    batch, x_channels, source_height, source_width = x.shape
+    skip_channels = 0 if skip is None else skip.shape[1]
+    height, width = (source_height, source_width) if upsample_size is None else upsample_size
+    _, out_channels, out_height, out_width = y.shape
+    weight, kernel, channels_last = dense(weight, True), weight.shape[2], is_channels_last(y)
     residual = None if residual is None else dense(residual, channels_last)
     bias, channel_bias = contiguous(bias), contiguous(channel_bias)
 
-    coefficients, steps = None, list[Launch]()
-    if num_groups:
-        coefficients, steps = _norm(x, skip, num_groups, norm_weight, norm_bias, eps, mean, rstd)
-
-    x_channels, skip_channels = x.shape[1], 0 if skip is None else skip.shape[1]
     scales = (None, None) if upsample_size is None else (source_height / height, source_width / width)
     positions, (left, _, top, _) = out_height * out_width, padding
     maps = (batch, x_channels, skip_channels, out_channels, source_height, source_width, height, width, *scales)
 
     p = plan(batch, x_channels, skip_channels, out_channels, positions, kernel, x.element_size())
-    strides = (out_channels, 1) if channels_last else (1, positions)
-    finish = (bias, channel_bias, residual, y, row_stride(channel_bias), *strides, output_scale)
-    sums = None
+    sums, tile_positions = None, p.tile.block_m
     if p.splits > 1:
-        sums = x.new_empty((p.splits, batch, positions, out_channels), dtype=torch.float32)
+        sums, tile_positions = x.new_empty((p.splits, batch, positions, out_channels), dtype=torch.float32), SUM_M
+    row_tiles, moments = ceil_div(positions, tile_positions), None
+    if with_moments:
+        moments = x.new_empty((batch, row_tiles, 2, out_channels), dtype=torch.float32)
+
+    strides = (out_channels, 1) if channels_last else (1, positions)
+    finish = (bias, channel_bias, residual, y, moments, row_stride(channel_bias), *strides, output_scale)
     convolve = (
         *(x, skip, weight, coefficients),
-        *(finish if sums is None else (None, None, None, sums, 0, out_channels, 1, 1.0)),
+        *(finish if sums is None else (None, None, None, sums, None, 0, out_channels, 1, 1.0)),
         *(*maps, out_width, positions, left, top),
         *(p.row_tiles, p.column_tiles, p.splits, p.steps_per_split),
         *(activation == "silu", kernel, stride, p.tile.block_m, p.tile.block_n, p.tile.block_k, STAGES),
     )
     programs = batch * p.row_tiles * p.column_tiles * p.splits
-    steps = [*steps, Launch(kernels.convolve, (programs,), convolve, p.tile.num_warps)]
+    steps = [Launch(kernels.convolve, (programs,), convolve, p.tile.num_warps)]
     if sums is not None:
-        row_tiles, column_tiles = ceil_div(positions, SUM_M), ceil_div(out_channels, SUM_N)
+        column_tiles = ceil_div(out_channels, SUM_N)
         cut = (row_tiles, column_tiles, p.splits, batch * positions * out_channels, SUM_M, SUM_N)
         add = (sums, *finish, out_channels, positions, *cut)
         steps.append(Launch(kernels.sum_splits, (batch * row_tiles * column_tiles,), add, SUM_WARPS))
-    return y, tuple(steps)
+    return steps, Moments(moments, tile_positions)
 
 
-def _norm(
-    x: Tensor,
-    skip: Tensor | None,
+def norm_coefficients(
+    x: Tensor,  # [B, C1, H, W], from sources
+    skip: Tensor | None,  # [B, C2, H, W], from sources
     num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None,  # [C] or [B, C], C = C1 + C2
+    bias: Tensor | None,  # [C] or [B, C]
     eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    mean: Tensor | None,  # [B, num_groups]
+    rstd: Tensor | None,  # [B, num_groups]
 ) -> tuple[Tensor, list[Launch]]:
     """Center, scale and offset ``[B, 3, C]`` of each channel, uninitialised, and the launches that fill them."""
     batch, channels = x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1])

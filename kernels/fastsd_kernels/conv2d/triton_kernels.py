@@ -15,10 +15,36 @@ All maps are channels last and dense, the weight is ``[K, R, R, C]``, and the re
 import triton
 import triton.language as tl
 
-from fastsd_kernels.group_norm_silu.triton_kernels import channel_statistics, channel_tile
+from fastsd_kernels.group_norm_silu.triton_kernels import channel_statistics, channel_tile, moments
 
 # Tiles of positions that run side by side share the weights that they read; not measured
 ROWS_SIDE_BY_SIDE = tl.constexpr(8)
+
+
+@triton.jit
+def store_coefficients(
+    center,
+    scale,
+    weight_ptr,
+    bias_ptr,
+    coefficients_ptr,
+    sample,
+    c,
+    inside,
+    channels,
+    weight_stride,
+    bias_stride,
+):
+    """Store what a norm with this mean and 1/deviation does to the channels ``c``; all three ``[len(c)]``."""
+    offset = tl.zeros_like(center)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + sample * weight_stride + c, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        offset += tl.load(bias_ptr + sample * bias_stride + c, mask=inside, other=0.0).to(tl.float32)
+    coefficients_ptrs = coefficients_ptr + sample * 3 * channels + c
+    tl.store(coefficients_ptrs, center, mask=inside)
+    tl.store(coefficients_ptrs + channels, scale, mask=inside)
+    tl.store(coefficients_ptrs + 2 * channels, offset, mask=inside)
 
 
 @triton.jit
@@ -75,15 +101,19 @@ def norm_coefficients(
         center = tl.load(mean_ptr + group, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd_ptr + group, mask=inside, other=0.0).to(tl.float32)
 
-    offset = tl.zeros([BLOCK_C], tl.float32)
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + sample * weight_stride + c, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        offset += tl.load(bias_ptr + sample * bias_stride + c, mask=inside, other=0.0).to(tl.float32)
-    coefficients_ptrs = coefficients_ptr + sample * 3 * channels + c
-    tl.store(coefficients_ptrs, center, mask=inside)
-    tl.store(coefficients_ptrs + channels, scale, mask=inside)
-    tl.store(coefficients_ptrs + 2 * channels, offset, mask=inside)
+    store_coefficients(
+        center,
+        scale,
+        weight_ptr,
+        bias_ptr,
+        coefficients_ptr,
+        sample,
+        c,
+        inside,
+        channels,
+        weight_stride,
+        bias_stride,
+    )
 
 
 @triton.jit
@@ -162,22 +192,27 @@ def _accumulate(
 
 @triton.jit
 def _finish(
-    total,  # [len(p), len(n)]
+    total,  # [BLOCK_M, len(n)]
     bias_ptr,
     channel_bias_ptr,
     residual_ptr,
     y_ptr,
+    moments_ptr,
     channel_bias_stride,
     position_stride,
     channel_stride,
     output_scale,
-    sample,
-    p,
+    tile,
     n,
     positions,
     out_channels,
+    row_tiles,
+    BLOCK_M: tl.constexpr,
 ):
-    """Add what is behind the product, and store a tile of the result."""
+    """Add what is behind the product; store a tile of the result, and its moments."""
+    sample = (tile // row_tiles).to(tl.int64)
+    first = (tile % row_tiles).to(tl.int64) * BLOCK_M
+    p = first + tl.arange(0, BLOCK_M)
     n_inside = n < out_channels
     inside = (p < positions)[:, None] & n_inside[None, :]
     offsets = (
@@ -190,7 +225,15 @@ def _finish(
         total += tl.load(channel_bias_ptrs, mask=n_inside, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         total += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, (total * output_scale).to(y_ptr.dtype.element_ty), mask=inside)
+    y = (total * output_scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=inside)
+    if moments_ptr is not None:
+        # of the rounded map, which is what a norm reads: a mean that it does not have would stay in each element
+        count = tl.minimum(positions - first, BLOCK_M).to(tl.float32)
+        mean, m2 = moments(tl.where(inside, y.to(tl.float32), 0.0), inside, count, axis=0)
+        mean_ptrs = moments_ptr + tile.to(tl.int64) * (2 * out_channels) + n
+        tl.store(mean_ptrs, mean, mask=n_inside)
+        tl.store(mean_ptrs + out_channels, m2, mask=n_inside)
 
 
 @triton.jit
@@ -203,6 +246,7 @@ def convolve(
     channel_bias_ptr,  # [B, K] or [1, K], or None
     residual_ptr,  # [B, K, H', W'] with y's strides, or None
     y_ptr,  # out: [splits * B, K, H', W']: the result, or the sum of each split in float32, without the tensors above
+    moments_ptr,  # out: mean and m2 of each channel of y over each tile's positions [B, row_tiles, 2, K], or None
     channel_bias_stride,  # elements from one sample to the next; 0 where shared
     position_stride,  # elements from one position of y to the next
     channel_stride,  # elements from one channel of y to the next
@@ -314,15 +358,17 @@ def convolve(
         channel_bias_ptr,
         residual_ptr,
         y_ptr,
+        moments_ptr,
         channel_bias_stride,
         position_stride,
         channel_stride,
         output_scale,
-        split * batch + sample,
-        p,
+        split * batch * row_tiles + tile,
         n,
         positions,
         out_channels,
+        row_tiles,
+        BLOCK_M,
     )
 
 
@@ -333,6 +379,7 @@ def sum_splits(
     channel_bias_ptr,  # [B, K] or [1, K], or None
     residual_ptr,  # [B, K, H', W'] with y's strides, or None
     y_ptr,  # out: [B, K, H', W']
+    moments_ptr,  # out: mean and m2 of each channel of y over each tile's positions [B, row_tiles, 2, K], or None
     channel_bias_stride,
     position_stride,
     channel_stride,
@@ -364,13 +411,15 @@ def sum_splits(
         channel_bias_ptr,
         residual_ptr,
         y_ptr,
+        moments_ptr,
         channel_bias_stride,
         position_stride,
         channel_stride,
         output_scale,
-        sample,
-        p,
+        tile,
         n,
         positions,
         out_channels,
+        row_tiles,
+        BLOCK_M,
     )

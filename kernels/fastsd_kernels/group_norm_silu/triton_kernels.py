@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _merge_two(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+def merge_two(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     count = count_a + count_b
     share_b = count_b / tl.maximum(count, 1.0)
     delta = mean_b - mean_a
@@ -25,7 +25,7 @@ def _merge_two(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def _merge_along(count, mean, m2, axis: tl.constexpr):
+def merge_along(count, mean, m2, axis: tl.constexpr):
     """Merge all parts along ``axis``; where the count is 0, the mean and m2 must be 0."""
     total = tl.sum(count, axis)
     reciprocal = 1.0 / tl.maximum(total, 1.0)
@@ -37,13 +37,13 @@ def _merge_along(count, mean, m2, axis: tl.constexpr):
 
 
 @triton.jit
-def _moments(x, inside, count):
-    """Mean and m2 of each row of ``x`` ``[BLOCK_C, BLOCK_S]``, 0 outside, with ``count`` elements inside a row."""
+def moments(x, inside, count, axis: tl.constexpr):
+    """Mean and m2 along ``axis`` of ``x``, 0 outside, with ``count`` elements inside."""
     reciprocal = 1.0 / tl.maximum(count, 1.0)
-    mean = tl.sum(x, 1) * reciprocal
-    deviation = tl.where(inside, x - mean[:, None], 0.0)
-    correction = tl.sum(deviation, 1) * reciprocal
-    return mean + correction, tl.sum(deviation * deviation, 1) - count * correction * correction
+    mean = tl.sum(x, axis) * reciprocal
+    deviation = tl.where(inside, x - tl.expand_dims(mean, axis), 0.0)
+    correction = tl.sum(deviation, axis) * reciprocal
+    return mean + correction, tl.sum(deviation * deviation, axis) - count * correction * correction
 
 
 @triton.jit
@@ -132,8 +132,8 @@ def group_statistics(
         inside = c_inside[:, None] & (s < space)[None, :]
         x = _load(x_ptr, skip_ptr, sample, c, s, inside, x_channels, channels, space, CHANNELS_LAST)
         tile_count = tl.minimum(tl.maximum(space - start, 0), BLOCK_S).to(tl.float32)
-        tile_mean, tile_m2 = _moments(x.to(tl.float32), inside, tile_count)
-        count, mean, m2 = _merge_two(count, mean, m2, tile_count, tile_mean, tile_m2)
+        tile_mean, tile_m2 = moments(x.to(tl.float32), inside, tile_count, axis=1)
+        count, mean, m2 = merge_two(count, mean, m2, tile_count, tile_mean, tile_m2)
 
     if channel_bias_ptr is not None:
         bias_ptrs = channel_bias_ptr + sample.to(tl.int64) * channel_bias_stride + c
@@ -141,7 +141,7 @@ def group_statistics(
 
     group = tl.arange(0, BLOCK_G)
     member = c_inside[:, None] & ((c // GROUP_CHANNELS - first_group)[:, None] == group[None, :])
-    _, group_mean, group_m2 = _merge_along(
+    _, group_mean, group_m2 = merge_along(
         tl.where(member, count, 0.0),
         tl.where(member, mean[:, None], 0.0),
         tl.where(member, m2[:, None], 0.0),
@@ -196,8 +196,8 @@ def _merged_parts(
         end = tl.minimum((part_split + 1) * tiles_per_split * BLOCK_S, space)
         part_channels = tl.minimum(GROUP_CHANNELS - part % TILES_PER_GROUP * BLOCK_C, BLOCK_C)
         part_count = tl.where(present, ((end - start) * part_channels).to(tl.float32)[:, None], 0.0)
-        merged_count, merged_mean, merged_m2 = _merge_along(part_count, part_mean, part_m2, axis=0)
-        count, mean, m2 = _merge_two(count, mean, m2, merged_count, merged_mean, merged_m2)
+        merged_count, merged_mean, merged_m2 = merge_along(part_count, part_mean, part_m2, axis=0)
+        count, mean, m2 = merge_two(count, mean, m2, merged_count, merged_mean, merged_m2)
     return mean, m2
 
 

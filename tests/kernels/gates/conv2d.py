@@ -15,6 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from fastsd_kernels.conv2d import cuda_impl, triton_impl
 from tests.proving import triton_aot
@@ -22,6 +25,9 @@ from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BY
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# Shared memory that a block may have on the cards from compute capability 8.0 on that have least
+SHARED_BYTES = 99 * 1024
 
 # dtype, layout, channels of x and skip, output channels, side of the result, what surrounds the product; then registers
 TRITON = (
@@ -90,6 +96,18 @@ def triton_launches(
         output_scale=1.0,
         algorithm=None,
     )[1]
+
+
+def triton_shared_bytes(launch: triton_impl.Launch, target: str) -> int:
+    """Dynamic shared memory of a block, which a cubin does not tell."""
+    signature, constants, divisible = triton_aot.specialise(launch.kernel, launch.args)
+    attributes = {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", triton_aot._CAPABILITIES[target], 32),
+        options={"num_warps": launch.num_warps},
+    )
+    return compiled.metadata.shared
 
 
 def _triton_gates() -> Iterator[Gate]:

@@ -1,0 +1,72 @@
+"""diffusers' Transformer2DModel on conv2d: norm and projection of the map as one op, projection and sum as another."""
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers import transformer_2d as stock
+from torch import Tensor, nn
+
+from fastsd.nn.convolution import convolve, example_convolution, normalise
+from fastsd.nn.plain import why_not_plain, why_stock_everywhere
+from fastsd.nn.replacement import Replacement, settings_of
+
+
+def why_stock(transformer: stock.Transformer2DModel) -> str | None:
+    """Why ``transformer`` has to run the stock forward, as a sentence; ``None`` where the fast one gives the same."""
+    if not transformer.is_input_continuous:
+        return "it takes no map but patches or classes"
+    return why_not_plain(transformer, "norm", nn.GroupNorm) or why_stock_everywhere()
+
+
+class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore[misc]  # diffusers' bases disagree
+    """``y = x + proj_out(blocks(proj_in(norm(x))))``; the blocks are modules of their own, and read tokens.
+
+    Tokens ``[B, H·W, C]`` are a channels-last map seen otherwise, so nothing is copied between the two.
+    """
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        if settings_of(self) is None or why_stock(self) is not None:
+            return super()._operate_on_continuous_inputs(hidden_states)
+        x = hidden_states.contiguous(memory_format=torch.channels_last)
+        if self.use_linear_projection:
+            tokens = self.proj_in(_tokens(normalise(self, x, self.norm)))
+        else:
+            tokens = _tokens(convolve(self, "proj_in", x, norm=self.norm))
+        # as stock: the blocks' channels where a convolution projects, the map's where a linear layer does
+        return tokens, x.shape[1] if self.use_linear_projection else tokens.shape[2]
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if settings_of(self) is None or why_stock(self) is not None:
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        size = (batch_size, height, width)
+        if self.use_linear_projection:
+            return residual + _map(self.proj_out(hidden_states), size)
+        y = convolve(self, "proj_out", _map(hidden_states, size), residual=residual)
+        return y.contiguous() if residual.is_contiguous() else y
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, H·W, C]``."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _map(tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """``[B, H·W, C]`` to ``[B, C, H, W]``, channels last; ``size``: B, H, W."""
+    return tokens.reshape(*size, tokens.shape[2]).permute(0, 3, 1, 2)
+
+
+def example_calls(transformer: stock.Transformer2DModel) -> dict[str, tuple[Any, ...]]:
+    """The ops that the module calls in inference, with arguments of its dtype and device."""
+    norm: nn.GroupNorm = transformer.norm
+    first = next(transformer.parameters())
+    x = first.new_empty((1, norm.num_channels, 8, 8))
+    parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if not transformer.use_linear_projection:
+        fused = example_convolution(transformer, "proj_in", x, *parameters)
+        if fused:
+            return fused
+    return {"group_norm_silu": (x, *parameters, "none", None, None)}
