@@ -18,7 +18,6 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
-#include <vector>
 
 #include "elements.h"
 #include "host.h"
@@ -33,12 +32,13 @@ namespace {
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockBytes = 12 * 1024 * 1024;  // of a block's matrices: what stays in a last-level cache
-constexpr int64_t kChunk = 64;                     // channels that are gathered at once
-constexpr int64_t kMostPixels = 64;                // of one row that are computed at once
-constexpr int64_t kWidestVector = 16;              // floats
-constexpr int64_t kTaskBytes = 640 * 1024;         // of a task's columns: what stays in a core's own cache
-constexpr int64_t kTaskRows = 128;                 // of the product: enough to pay for reading the weights
+constexpr int64_t kBlockBytes = 12 * 1024 * 1024;             // of a block's matrices: what stays in a last-level cache
+constexpr int64_t kChunk = 64;                                // channels that are gathered at once
+constexpr int64_t kMostPixels = 64;                           // of one row that are computed at once
+constexpr int64_t kWidestVector = 16;                         // floats
+constexpr int64_t kTaskBytes = 768 * 1024;                    // of a task's columns: what stays in a core's own cache
+constexpr int64_t kMostTaskRows = 128, kFewestTaskRows = 64;  // of the product: what pays for reading the weights anew
+constexpr int64_t kMostTaskWeights = 8 * 1024 * 1024;         // bytes, which a cache that all cores share can hold
 constexpr int64_t kFewestTasks = 4;
 
 // A stride of n floats or a little more, such that 36 of them fall on as many sets of a cache.
@@ -47,38 +47,17 @@ int64_t spread(int64_t n) {
   return round_up(n, page) + 3 * kWidestVector;
 }
 
-// The matrices of an algorithm. Tiles are m times m pixels of the result: for m = 1 each is one product with all
-// weights that reach it, for m = 2 and 4 a product per frequency of Winograd's.
-struct Form {
-  int64_t m, kernel, stride;
-
-  int64_t frequencies() const { return m == 1 ? 1 : (m + 2) * (m + 2); }
-  int64_t taps() const { return m == 1 ? kernel * kernel : 1; }  // pixels side by side in a row of the matrix
-  // rows or columns of the input that so many of the result are computed from
-  int64_t reach(int64_t results) const { return (results - 1) * stride + kernel; }
-  int64_t packed_size(int64_t out_channels, int64_t channels) const {
-    return frequencies() * taps() * channels * round_up(out_channels, kPanel);
-  }
-
-  void check() const {
-    if (m != 1 && m != 2 && m != 4) throw std::invalid_argument("m: expected 1, 2 or 4");
-    if (kernel != 3 && (kernel != 1 || m != 1)) throw std::invalid_argument("kernel: expected 3, or 1 for m = 1");
-    if (stride != 1 && (stride != 2 || m != 1)) throw std::invalid_argument("stride: expected 1, or 2 for m = 1");
-  }
-};
-
 template <typename T>
 ConvolutionKernels<T> kernels_for(Isa isa, int64_t m, bool silu) {
-  auto of_size = [&](auto one, auto two, auto four) { return m == 1 ? one(silu) : m == 2 ? two(silu) : four(silu); };
+  // columns are copied, not transformed: either will do
+  auto of_size = [&](auto two, auto four) { return m == 4 ? four(silu) : two(silu); };
   switch (isa) {
     case Isa::avx512:
-      return of_size(avx512::convolution_kernels<1, T>, avx512::convolution_kernels<2, T>,
-                     avx512::convolution_kernels<4, T>);
+      return of_size(avx512::convolution_kernels<2, T>, avx512::convolution_kernels<4, T>);
     case Isa::avx2:
-      return of_size(avx2::convolution_kernels<1, T>, avx2::convolution_kernels<2, T>, avx2::convolution_kernels<4, T>);
+      return of_size(avx2::convolution_kernels<2, T>, avx2::convolution_kernels<4, T>);
     default:
-      return of_size(baseline::convolution_kernels<1, T>, baseline::convolution_kernels<2, T>,
-                     baseline::convolution_kernels<4, T>);
+      return of_size(baseline::convolution_kernels<2, T>, baseline::convolution_kernels<4, T>);
   }
 }
 
@@ -123,9 +102,12 @@ struct Convolution {
     const Strips all = strips();
     if (form.m == 1) {
       const int64_t depth = round_up(form.taps() * channels, kWidestVector);
-      const int64_t rows = std::min(kTaskRows, kTaskBytes / (depth * int64_t(sizeof(float))));
-      const int64_t per_task = std::max<int64_t>(1, rows / all.width);
-      if (ceil_div(all.count, per_task) >= kFewestTasks) return run_tasks(all, per_task, depth);
+      const int64_t rows = std::min(kMostTaskRows, kTaskBytes / (depth * int64_t(sizeof(float))));
+      const int64_t per_task = rows / all.width;
+      const int64_t weight_bytes = form.packed_size(out_channels, channels) * int64_t(sizeof(float));
+      if (per_task * all.width >= kFewestTaskRows && weight_bytes <= kMostTaskWeights &&
+          ceil_div(all.count, per_task) >= kFewestTasks)
+        return run_tasks(all, per_task, depth);
     }
     run_blocks(all);
   }
@@ -149,9 +131,10 @@ struct Convolution {
           const int64_t k = p * kPanel, wanted = std::min(kPanel, out_channels - k);
           kernels.multiply(inputs, rows, form.taps() * channels, depth, weights + p * form.taps() * channels * kPanel,
                            sums, kPanel);
-          for (int64_t row = 0; row < rows; ++row)
-            finish(place(all, first + row / all.width, row % all.width), sums + row * kPanel, 0, k, wanted, biases,
-                   columns);
+          for (int64_t s = 0; s < count; ++s) {
+            const Place at = place(all, first + s);
+            write_pixels(at, results(all, at), sums + s * all.width * kPanel, kPanel, k, wanted, biases, columns);
+          }
         }
       }
     });
@@ -197,8 +180,7 @@ struct Convolution {
       });
       parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile)
-          finish(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, 0, out_channels,
-                 biases, columns);
+          write_tile(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, biases, columns);
       });
     }
     kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
@@ -242,14 +224,27 @@ struct Convolution {
                             round_up(std::min(kChunk, channels - c), kWidestVector), to, per_input, depth);
   }
 
-  // Channels [k, k + wanted) of a tile of the result, where it is inside the map.
-  void finish(const Place& at, const float* sums, int64_t per_sum, int64_t k, int64_t wanted, const float* biases,
-              int64_t columns) const {
+  // A tile of the result, where it is inside the map.
+  void write_tile(const Place& at, const float* sums, int64_t per_sum, const float* biases, int64_t columns) const {
     if (at.column >= out_width) return;
+    if (form.m == 1) return write_pixels(at, 1, sums, columns, 0, out_channels, biases, columns);
+    kernels.transform_output(sums, per_sum, out_channels, bias_of(at, biases, columns), scale, out_height - at.row,
+                             out_width - at.column, destination(at, 0));
+  }
+
+  // Channels [k, k + wanted) of pixels side by side.
+  void write_pixels(const Place& at, int64_t pixels, const float* sums, int64_t per_sum, int64_t k, int64_t wanted,
+                    const float* biases, int64_t columns) const {
+    kernels.write_pixels(sums, pixels, per_sum, wanted, bias_of(at, biases, columns) + k, scale, destination(at, k));
+  }
+
+  Destination<T> destination(const Place& at, int64_t k) const {
     const int64_t to = ((at.sample * out_height + at.row) * out_width + at.column) * out_channels + k;
-    kernels.transform_output(sums, per_sum, wanted, biases + (bias_rows() > 1 ? at.sample : 0) * columns + k, scale,
-                             out_height - at.row, out_width - at.column,
-                             {out + to, residual ? residual + to : nullptr, out_width * out_channels, out_channels});
+    return {out + to, residual ? residual + to : nullptr, out_width * out_channels, out_channels};
+  }
+
+  const float* bias_of(const Place& at, const float* biases, int64_t columns) const {
+    return biases + (bias_rows() > 1 ? at.sample : 0) * columns;
   }
 
   int64_t bias_rows() const { return channel_bias_stride ? batch : 1; }
@@ -325,112 +320,6 @@ void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, 
   });
 }
 
-// G of Lavin and Gray, 2015: a tile's N frequencies from the R weights of a side of the kernel.
-template <int N, int R>
-struct WeightMatrix {
-  double g[N][R];
-};
-constexpr WeightMatrix<4, 3> kMatrix2{{{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}}};
-constexpr WeightMatrix<6, 3> kMatrix4{{{1. / 4, 0, 0},
-                                       {-1. / 6, -1. / 6, -1. / 6},
-                                       {-1. / 6, 1. / 6, -1. / 6},
-                                       {1. / 24, 1. / 12, 1. / 6},
-                                       {1. / 24, -1. / 12, 1. / 6},
-                                       {0, 0, 1}}};
-
-// U = G w G^T of weight [out, in, R, R], as packed[frequency][panel][in][kPanel]; the columns past the last are zero.
-template <int N, int R, typename T>
-void pack(const WeightMatrix<N, R>& matrix, const Tensor& weight, float* packed) {
-  const T* data = static_cast<const T*>(weight.const_data_ptr());
-  const int64_t out_channels = weight.size(0), channels = weight.size(1), panels = ceil_div(out_channels, kPanel);
-  const int64_t per_out = weight.stride(0), per_in = weight.stride(1), per_row = weight.stride(2),
-                per_column = weight.stride(3);
-  const auto& g = matrix.g;
-  parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task / channels, c = task % channels, here = std::min(kPanel, out_channels - p * kPanel);
-      double w[R][R][kPanel] = {}, half[N][R][kPanel];
-      for (int64_t k = 0; k < here; ++k)
-        for (int i = 0; i < R; ++i)
-          for (int j = 0; j < R; ++j)
-            w[i][j][k] = load(data + (p * kPanel + k) * per_out + c * per_in + i * per_row + j * per_column);
-      for (int i = 0; i < N; ++i)
-        for (int j = 0; j < R; ++j)
-          for (int64_t k = 0; k < kPanel; ++k) {
-            half[i][j][k] = 0;
-            for (int e = 0; e < R; ++e) half[i][j][k] += g[i][e] * w[e][j][k];
-          }
-      for (int i = 0; i < N; ++i)
-        for (int j = 0; j < N; ++j) {
-          float* to = packed + (((i * N + j) * panels + p) * channels + c) * kPanel;
-          for (int64_t k = 0; k < kPanel; ++k) {
-            double u = 0;
-            for (int e = 0; e < R; ++e) u += g[j][e] * half[i][e][k];
-            to[k] = float(u);
-          }
-        }
-    }
-  });
-}
-
-// The weights as they are, as packed[panel][row][column][in][kPanel].
-template <typename T>
-void pack_taps(const Tensor& weight, float* packed) {
-  const T* data = static_cast<const T*>(weight.const_data_ptr());
-  const int64_t out_channels = weight.size(0), channels = weight.size(1), side = weight.size(2);
-  const int64_t per_out = weight.stride(0), per_in = weight.stride(1), per_row = weight.stride(2),
-                per_column = weight.stride(3), panels = ceil_div(out_channels, kPanel);
-  parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task / channels, c = task % channels, here = std::min(kPanel, out_channels - p * kPanel);
-      for (int64_t i = 0; i < side; ++i)
-        for (int64_t j = 0; j < side; ++j) {
-          float* to = packed + ((p * side * side + i * side + j) * channels + c) * kPanel;
-          for (int64_t k = 0; k < kPanel; ++k) {
-            const T* at = data + (p * kPanel + k) * per_out + c * per_in + i * per_row + j * per_column;
-            to[k] = k < here ? load(at) : 0.0f;
-          }
-        }
-    }
-  });
-}
-
-void pack_conv2d(Tensor weight, int64_t m, Tensor out) {
-  const Form form{m, weight.size(2), 1};
-  form.check();
-  if (weight.size(3) != form.kernel) throw std::invalid_argument("weight: expected a square kernel");
-  if (out.numel() != form.packed_size(weight.size(0), weight.size(1)))
-    throw std::invalid_argument("out: expected [frequencies, panels, depth, panel]");
-  float* packed = static_cast<float*>(out.mutable_data_ptr());
-  with_element(weight, [&](auto element) {
-    using T = decltype(element);
-    if (m == 1) pack_taps<T>(weight, packed);
-    if (m == 2) pack<4, 3, T>(kMatrix2, weight, packed);
-    if (m == 4) pack<6, 3, T>(kMatrix4, weight, packed);
-  });
-}
-
-// A digest of the data, any memory format, without gaps: packed_weights.py sees to it.
-int64_t digest(Tensor weight, int64_t isa) {
-  constexpr int64_t chunk = 256 * 1024;
-  const auto* data = static_cast<const unsigned char*>(weight.const_data_ptr());
-  const int64_t n = weight.numel() * weight.element_size(), chunks = ceil_div(n, chunk);
-  std::vector<uint64_t> of_chunk(chunks);
-  const Isa which = checked_isa(isa);
-  const auto digest_of = which == Isa::avx512 ? avx512::digest_of
-                         : which == Isa::avx2 ? avx2::digest_of
-                                              : baseline::digest_of;
-  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) of_chunk[k] = digest_of(data + k * chunk, std::min(chunk, n - k * chunk));
-  });
-  uint64_t all = uint64_t(n);
-  for (uint64_t part : of_chunk) {
-    all = (all ^ part) * 0xbf58476d1ce4e5b9;
-    all ^= all >> 29;
-  }
-  return int64_t(all);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
@@ -439,14 +328,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
       "Tensor weights, int m, int kernel, int stride, Tensor? bias, Tensor? channel_bias, Tensor? residual, float "
       "scale, int isa, "
       "Tensor(a!) out) -> ()");
-  m.def("pack_conv2d(Tensor weight, int m, Tensor(a!) out) -> ()");
-  m.def("digest(Tensor weight, int isa) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&conv2d));
-  m.impl("pack_conv2d", TORCH_BOX(&pack_conv2d));
-  m.impl("digest", TORCH_BOX(&digest));
 }
 
 }  // namespace fastsd

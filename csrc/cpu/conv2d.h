@@ -4,10 +4,9 @@
 
 #include <cstdint>
 
-namespace fastsd {
+#include "packed_weights.h"
 
-// Columns of the packed weights that lie side by side: whole vectors of every instruction set.
-constexpr int64_t kPanel = 32;
+namespace fastsd {
 
 // One source of input channels, NHWC.
 template <typename T>
@@ -47,6 +46,8 @@ struct ConvolutionKernels {
                    int64_t out_row);
   void (*transform_output)(const float* sums, int64_t per_frequency, int64_t channels, const float* bias, float scale,
                            int64_t height, int64_t width, const Destination<T>& to);
+  void (*write_pixels)(const float* sums, int64_t pixels, int64_t per_sum, int64_t channels, const float* bias,
+                       float scale, const Destination<T>& to);
 };
 
 }  // namespace fastsd

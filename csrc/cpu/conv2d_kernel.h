@@ -47,7 +47,7 @@ static void gather(const Channels<T>& from, Normalisation norm, Window window, f
 
 // A side of the square of frequencies of a tile of M times M pixels.
 template <int M>
-constexpr int kSide = M == 1 ? 1 : M + 2;
+constexpr int kSide = M + 2;
 
 // y = B^T x for F(2, 3) and F(4, 3); Lavin and Gray, 2015.
 template <int M, typename V>
@@ -160,12 +160,10 @@ static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row,
   }
 }
 
-// y = A^T x for F(2, 3) and F(4, 3); a product of columns is its result.
+// y = A^T x for F(2, 3) and F(4, 3).
 template <int M, typename V>
 static inline __attribute__((always_inline)) void output_matrix(const V* x, V* y) {
-  if constexpr (M == 1) {
-    y[0] = x[0];
-  } else if constexpr (M == 2) {
+  if constexpr (M == 2) {
     y[0] = x[0] + x[1] + x[2];
     y[1] = x[1] - x[2] - x[3];
   } else {
@@ -185,6 +183,22 @@ static inline void finish(const float* __restrict sum, const float* __restrict b
     for (int64_t c = 0; c < n; ++c) store(out + c, (sum[c] + bias[c] + load(residual + c)) * scale);
   else
     for (int64_t c = 0; c < n; ++c) store(out + c, (sum[c] + bias[c]) * scale);
+}
+
+// Pixels that lie side by side: (sums + bias + residual) * scale.
+template <typename T>
+static void write_pixels(const float* sums, int64_t pixels, int64_t per_sum, int64_t channels, const float* bias,
+                         float scale, const Destination<T>& to) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel)
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t n = channels - c < kLanes ? channels - c : kLanes, at = pixel * to.per_pixel + c;
+      const float* sum = sums + pixel * per_sum + c;
+      const T* residual = to.residual ? to.residual + at : nullptr;
+      if (n == kLanes)
+        finish(sum, bias + c, residual, scale, to.out + at, kLanes);
+      else
+        finish(sum, bias + c, residual, scale, to.out + at, n);
+    }
 }
 
 // One tile: (A^T sums A + bias + residual) * scale, of which height times width pixels are inside the map.
@@ -220,36 +234,6 @@ static void transform_output(const float* sums, int64_t per_frequency, int64_t c
 
 template <int M, typename T>
 static ConvolutionKernels<T> convolution_kernels(bool silu) {
-  constexpr int winograd = M == 1 ? 2 : M;  // columns are copied, not transformed
-  return {silu ? gather<true, T> : gather<false, T>, transform_input<winograd>, multiply, transform_output<M, T>};
-}
-
-// A 64-bit digest of n bytes, of which any change shows but for one in 2^64. Words are added up in lanes, and so are
-// the products of the halves of each word and a key of its place: sums alone would miss changes that cancel.
-static uint64_t digest_of(const unsigned char* data, int64_t n) {
-  constexpr int lanes = 32;
-  constexpr uint64_t step = 0x9e3779b97f4a7c15, factor = 0xbf58476d1ce4e5b9;
-  uint64_t sum[lanes] = {}, product[lanes] = {}, key[lanes], word[lanes];
-  for (int j = 0; j < lanes; ++j) key[j] = uint64_t(j + 1) * factor;
-  for (int64_t at = 0; at < n; at += int64_t(sizeof word)) {
-    if (n - at >= int64_t(sizeof word)) {
-      __builtin_memcpy(word, data + at, sizeof word);
-    } else {
-      __builtin_memset(word, 0, sizeof word);
-      __builtin_memcpy(word, data + at, size_t(n - at));
-    }
-    for (int j = 0; j < lanes; ++j) {
-      const uint64_t keyed = word[j] ^ key[j];
-      sum[j] += word[j];
-      product[j] += uint64_t(uint32_t(keyed)) * uint32_t(keyed >> 32);
-      key[j] += step;
-    }
-  }
-  uint64_t all = uint64_t(n);
-  for (int j = 0; j < lanes; ++j)
-    for (int half = 0; half < 2; ++half) {
-      all = (all ^ (half ? product[j] : sum[j])) * factor;
-      all ^= all >> 29;
-    }
-  return all;
+  return {silu ? gather<true, T> : gather<false, T>, transform_input<M>, multiply, transform_output<M, T>,
+          write_pixels<T>};
 }

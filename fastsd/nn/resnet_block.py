@@ -38,6 +38,9 @@ def why_stock(block: stock.ResnetBlock2D) -> str | None:
 class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
     """Two convolutions, norms and activations and the shortcut in one op; part by part where a leaf has to be called.
 
+    On the CPU the result is channels last, which the op computes in: so maps are converted once in a U-Net, not twice
+    in each block.
+
     ``y = shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(silu(temb))))))``, divided by
     ``output_scale_factor``; with up- or downsampling in front of ``conv1`` and of the shortcut.
     """
@@ -64,9 +67,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
 
     def _in_parts(self, x: Tensor, temb: Tensor) -> Tensor:
         """The forward with one op for each convolution that is plain; ``temb`` is projected."""
-        to_contiguous = is_fused(self, "conv1", x) and x.is_contiguous() and self.conv2.weight.is_contiguous()
-        if to_contiguous:
-            # what the op computes in; one conversion for the block instead of several
+        if is_fused(self, "conv1", x):
             x = x.contiguous(memory_format=torch.channels_last)
         first: dict[str, Any] = {"norm": self.norm1, "activation": "silu"}
         shortcut = hidden = x
@@ -90,8 +91,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         if self.conv_shortcut is not None:
             # as stock: spares distributed training a warning about the strides of gradients
             shortcut = convolve(self, "conv_shortcut", shortcut.contiguous() if self.training else shortcut)
-        y = convolve(self, "conv2", hidden, **second, residual=shortcut, output_scale=1 / self.output_scale_factor)
-        return y.contiguous() if to_contiguous else y
+        return convolve(self, "conv2", hidden, **second, residual=shortcut, output_scale=1 / self.output_scale_factor)
 
     def _resample(self, shortcut: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.upsample is not None:
@@ -141,11 +141,8 @@ def one_call(block: stock.ResnetBlock2D, x: Tensor, skip: Tensor | None, temb: T
     norm2 = norm_parameters(x, block.norm2, scale_shift)
     if norm2 is None:
         return None
-    if not conv2.weight.is_contiguous():
-        # as stock: a convolution with channels_last weights gives a channels_last map
-        x = x.contiguous(memory_format=torch.channels_last)
     return {
-        "x": x,
+        "x": x.contiguous(memory_format=torch.channels_last),
         "conv1_weight": conv1.weight,
         "conv2_weight": conv2.weight,
         "conv1_bias": conv1.bias,

@@ -31,6 +31,17 @@ def _join(blocks: nn.ModuleList, index: int, x: Tensor, skip: Tensor, temb: Tens
     return resnet(torch.cat([x, skip], dim=1), temb)
 
 
+def _as_stock(block: nn.Module, x: Tensor) -> Tensor:
+    """The layout that the last up-block of a U-Net gives, behind which stock modules read the map.
+
+    On the CPU the replaced modules keep maps channels last, whatever the model's memory format is.
+    """
+    is_last = not block.upsamplers
+    if is_last and x.device.type == "cpu" and all(p.is_contiguous() for p in block.parameters()):
+        return x.contiguous()
+    return x
+
+
 class UpBlock2D(Replacement, stock.UpBlock2D):
     """Residual blocks that each take a skip connection, then upsampling."""
 
@@ -52,7 +63,7 @@ class UpBlock2D(Replacement, stock.UpBlock2D):
             x = _join(self.resnets, index, x, skips[-1 - index], temb)
         for upsampler in self.upsamplers or ():
             x = upsampler(x, upsample_size)
-        return x
+        return _as_stock(self, x)
 
 
 class CrossAttnUpBlock2D(Replacement, stock.CrossAttnUpBlock2D):
@@ -96,4 +107,4 @@ class CrossAttnUpBlock2D(Replacement, stock.CrossAttnUpBlock2D):
             x = transformer(x, **attention, return_dict=False)[0]
         for upsampler in self.upsamplers or ():
             x = upsampler(x, upsample_size)
-        return x
+        return _as_stock(self, x)

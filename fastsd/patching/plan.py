@@ -14,7 +14,7 @@ from fastsd_kernels.dispatch import BACKENDS
 
 # times the bytes of the model's parameters. A stock model takes a fifth more than these when it runs, so that the peak
 # of a patched one stays below twice that; and all copies that SD1.5's 64² latents ask for find room
-DEFAULT_EXTRA_MEMORY = 1.125
+DEFAULT_EXTRA_MEMORY = 1.14
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class TestBudget:
             weight, 2, 1, cpu_impl._pack
         )
         assert budget.used_bytes == budget.bytes_of(weight) == 16 * 8 * 32 * 4
-        assert packed_weights.kept_tile(weight) == 2
+        assert packed_weights.kept(weight).tile == 2
         other = torch.randn(8, 8, 3, 3)
         budget.admit(other)
         packed_weights.packed(other, 2, 1, cpu_impl._pack)

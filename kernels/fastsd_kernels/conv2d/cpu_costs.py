@@ -13,8 +13,9 @@ from fastsd_kernels.conv2d.sizes import TILES, frequencies, packed_shape, tiles_
 # operations for a byte
 READ_WEIGHTS = 12  # of packed weights, where they are read more slowly than they are used
 TRANSFORM = 18  # of the matrices of input and output, written and read
+GATHER = 4  # of the same for columns, which stay in a core's cache
 PACK = 110  # of packed weights that live for one call; most of it goes to the system, for fresh memory
-REORDER = 130  # of weights that oneDNN reorders at each call
+REORDER = {1: 45, 3: 130}  # of weights that oneDNN reorders at each call, by the size of the kernel
 PASS = 10  # of a map that is read or written by a pass of its own
 # Where copies are kept, an algorithm has to be so much faster than one that takes less memory: F(4×4)'s weights are
 # 2.25 times those of F(2×2), these 1.78 times those of columns. So SD1.5's copies take little more than the model.
@@ -58,13 +59,12 @@ def compute_cost(algorithm: str, call: Call) -> float:
     """What one call costs, apart from packing weights."""
     weights = call.kernel**2 * call.channels * call.out_channels
     if algorithm == "direct":
-        reordered = 4 * weights if call.kernel > 1 else 0
-        return 2.0 * weights * call.positions + REORDER * reordered + PASS * call.extra_bytes
+        return 2.0 * weights * call.positions + REORDER[call.kernel] * 4 * weights + PASS * call.extra_bytes
     tile = TILES[algorithm]
     rows = frequencies(tile) * tiles_of(call.batch, call.out_height, call.out_width, tile)
     depth = call.channels * (call.kernel**2 if tile == 1 else 1)
     product = max(2.0 * rows * depth * call.out_channels, READ_WEIGHTS * float(call.packed_bytes(algorithm)))
-    return product + TRANSFORM * 4.0 * rows * (depth + call.out_channels)
+    return product + (GATHER if tile == 1 else TRANSFORM) * 4.0 * rows * (depth + call.out_channels)
 
 
 def costs(call: Call, kept_tile: int | None, room: int) -> dict[str, float]:

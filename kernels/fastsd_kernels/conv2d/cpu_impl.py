@@ -2,6 +2,7 @@
 
 import functools
 import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,10 +123,13 @@ def _choose(x: Tensor, weight: Tensor, call: cpu_costs.Call) -> str:
     """The fastest algorithm by the model; torch's own where it has instructions that the kernels do not use."""
     if call.is_empty or x.dtype != torch.float32 or not _is_plain_float32():
         return "direct"
-    tile = packed_weights.kept_tile(weight)
+    kept = packed_weights.kept(weight)
+    if kept is not None and kept.positions == call.positions:
+        # chosen at an earlier call, for a map of this size
+        return next(algorithm for algorithm, tile in TILES.items() if tile == kept.tile)
     budget = packed_weights.budget_of(weight)
     room = 0 if budget is None else budget.room_for(weight, call.positions)
-    return cpu_costs.cheapest(call, tile, room)
+    return cpu_costs.cheapest(call, None if kept is None else kept.tile, room)
 
 
 def _is_plain_float32() -> bool:
@@ -173,9 +177,21 @@ def _source_map(size: int, enlarged: int, before: int, out: int, tile: int, kern
 
 
 def _pack(weight: Tensor, tile: int) -> Tensor:
-    out = torch.empty(packed_shape(weight.shape[0], weight.shape[1], weight.shape[2], tile), dtype=torch.float32)
+    out = _pages(packed_shape(weight.shape[0], weight.shape[1], weight.shape[2], tile))
     torch.ops.fastsd_cpu.pack_conv2d.default(weight, tile, out)
     return out
+
+
+def _pages(shape: Sequence[int]) -> Tensor:
+    """Uninitialised float32 in pages of its own, large ones where the system has them.
+
+    Copies are made among the activations of a model's first forward. In malloc's heap they would part the free memory
+    that later activations are to fit in, so that these would get fresh pages in every forward.
+    """
+    pages = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
 def _float32(parameter: Tensor | None) -> Tensor | None:

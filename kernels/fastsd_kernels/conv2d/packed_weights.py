@@ -24,7 +24,12 @@ from fastsd_kernels import cpu_runtime
 
 
 @dataclass(frozen=True)
-class _Copy:
+class Copy:
+    """A copy of a weight, for the algorithm with this tile on maps of so many positions.
+
+    ``source``: what tells whether the weight is still what it was.
+    """
+
     packed: Tensor
     tile: int
     source: tuple[Any, ...]
@@ -85,11 +90,11 @@ class WeightBudget:
         with self._lock:
             self._copies.pop(weight, None)
 
-    def _find(self, weight: Tensor, tile: int) -> _Copy | None:
+    def _find(self, weight: Tensor, tile: int) -> Copy | None:
         copy = self._copies.get(weight)
         return copy if copy is not None and copy.tile == tile else None
 
-    def _keep(self, weight: Tensor, copy: _Copy) -> None:
+    def _keep(self, weight: Tensor, copy: Copy) -> None:
         with self._lock:
             self._copies[weight] = copy
             smallest_maps_first = sorted(self._copies.items(), key=lambda pair: pair[1].positions)
@@ -112,11 +117,10 @@ def budget_of(weight: Tensor) -> WeightBudget | None:
     return reference() if is_dense else None
 
 
-def kept_tile(weight: Tensor) -> int | None:
-    """The tile of the copy of ``weight`` that is there, if one is; the copy may be out of date."""
+def kept(weight: Tensor) -> Copy | None:
+    """The copy of ``weight`` that is there, if one is; it may be out of date."""
     budget = budget_of(weight)
-    copy = None if budget is None else budget._copies.get(weight)
-    return None if copy is None else copy.tile
+    return None if budget is None else budget._copies.get(weight)
 
 
 def forget(weight: Tensor) -> None:
@@ -139,14 +143,14 @@ def packed(weight: Tensor, tile: int, positions: int, pack: Callable[[Tensor, in
     budget = budget_of(weight)
     if budget is None:
         return pack(weight, tile)
-    kept = budget._find(weight, tile)
-    if kept is not None and kept.source == _source(weight):
-        return kept.packed
+    copy = budget._find(weight, tile)
+    if copy is not None and copy.source == _source(weight):
+        return copy.packed
     before = _source(weight)
     made = pack(weight, tile)
     # another thread may have edited the weight meanwhile
     if budget.room_for(weight, positions) >= made.nbytes and _source(weight) == before:
-        budget._keep(weight, _Copy(made, tile, before, positions))
+        budget._keep(weight, Copy(made, tile, before, positions))
     else:
         budget.forget(weight)
     return made
