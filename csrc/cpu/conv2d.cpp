@@ -67,8 +67,10 @@ struct Convolution {
   int64_t batch, x_channels, channels, height, width;
   const int32_t *row_map, *column_map;  // from the padded, enlarged map to the source, -1 for padding
   const float* affine;                  // [batch, 3, channels], may be null
-  const float* weights;                 // packed
-  const float *bias, *channel_bias;     // [out_channels], [batch or 1, out_channels]; each may be null
+  const float* packed;                  // weights for m = 2 and 4
+  const T* weights;                     // for m = 1: [out_channels, depth], a channel's taps side by side if taps_last
+  bool taps_last;
+  const float *bias, *channel_bias;  // [out_channels], [batch or 1, out_channels]; each may be null
   int64_t channel_bias_stride;
   const T* residual;
   float scale;
@@ -104,7 +106,7 @@ struct Convolution {
       const int64_t depth = round_up(form.taps() * channels, kWidestVector);
       const int64_t rows = std::min(kMostTaskRows, kTaskBytes / (depth * int64_t(sizeof(float))));
       const int64_t per_task = rows / all.width;
-      const int64_t weight_bytes = form.packed_size(out_channels, channels) * int64_t(sizeof(float));
+      const int64_t weight_bytes = round_up(out_channels, kPanel) * depth * int64_t(sizeof(float));
       if (per_task * all.width >= kFewestTaskRows && weight_bytes <= kMostTaskWeights &&
           ceil_div(all.count, per_task) >= kFewestTasks)
         return run_tasks(all, per_task, depth);
@@ -112,12 +114,20 @@ struct Convolution {
     run_blocks(all);
   }
 
-  // Columns, strip by strip: each task gathers those of a few, and multiplies them panel by panel.
+  // Columns, strip by strip: each task gathers those of a few, and multiplies them panel by panel with all weights,
+  // which are packed before.
   void run_tasks(const Strips& all, int64_t per_task, int64_t depth) const {
-    const int64_t panels = ceil_div(out_channels, kPanel), columns = panels * kPanel;
+    const int64_t panels = ceil_div(out_channels, kPanel), columns = panels * kPanel,
+                  per_panel = form.taps() * channels * kPanel;
     static thread_local AlignedFloats kept;
-    float* biases = kept.at_least(bias_rows() * columns);
+    float* panel = kept.at_least(panels * per_panel + bias_rows() * columns);
+    float* biases = panel + panels * per_panel;
     fill_biases(biases, columns);
+    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        kernels.pack_panel(weights + p * per_panel, of_panel(p), per_panel / kPanel, per_panel / kPanel,
+                           panel + p * per_panel);
+    });
     parallel_for(0, ceil_div(all.count, per_task), 1, [&](int64_t begin, int64_t end) {
       static thread_local AlignedFloats matrix;
       for (int64_t task = begin; task < end; ++task) {
@@ -126,19 +136,21 @@ struct Convolution {
         float* sums = inputs + rows * depth;
         for (int64_t s = 0; s < count; ++s)
           for (int64_t c = 0; c < channels; c += kChunk)
-            gather_columns(all, first + s, c, inputs + s * all.width * depth + c, depth);
+            gather_columns(all, first + s, c, inputs + s * all.width * depth, depth);
         for (int64_t p = 0; p < panels; ++p) {
-          const int64_t k = p * kPanel, wanted = std::min(kPanel, out_channels - k);
-          kernels.multiply(inputs, rows, form.taps() * channels, depth, weights + p * form.taps() * channels * kPanel,
-                           sums, kPanel);
+          kernels.multiply(inputs, rows, per_panel / kPanel, depth, panel + p * per_panel, sums, kPanel);
           for (int64_t s = 0; s < count; ++s) {
             const Place at = place(all, first + s);
-            write_pixels(at, results(all, at), sums + s * all.width * kPanel, kPanel, k, wanted, biases, columns);
+            write_pixels(at, results(all, at), sums + s * all.width * kPanel, kPanel, p * kPanel, of_panel(p), biases,
+                         columns);
           }
         }
       }
     });
   }
+
+  // How many output channels a panel of the weights has.
+  int64_t of_panel(int64_t p) const { return std::min(kPanel, out_channels - p * kPanel); }
 
   // Block by block, the steps one after the other.
   void run_blocks(const Strips& all) const {
@@ -163,19 +175,24 @@ struct Convolution {
       parallel_for(0, count * chunks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t s = task / chunks, c = task % chunks * kChunk;
-          float* to = inputs + s * strip * depth + c;
+          float* to = inputs + s * strip * depth;
           if (m == 1)
             gather_columns(all, first + s, c, to, depth);
           else
-            gather_tiles(all, first + s, c, to, per_input, depth);
+            gather_tiles(all, first + s, c, to + c, per_input, depth);
         }
       });
       const int64_t rows = count * strip;
       parallel_for(0, frequencies * panels, 1, [&](int64_t begin, int64_t end) {
+        static thread_local AlignedFloats scratch;
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t f = task / panels, p = task % panels;
-          kernels.multiply(inputs + f * per_input, rows, taps * channels, depth,
-                           weights + task * taps * channels * kPanel, sums + f * per_sum + p * kPanel, columns);
+          const int64_t f = task / panels, p = task % panels, per_panel = taps * channels * kPanel;
+          float* to = sums + f * per_sum + p * kPanel;
+          if (m == 1)
+            kernels.multiply_unpacked(inputs, rows, taps * channels, depth, weights + p * per_panel, of_panel(p),
+                                      scratch.at_least(kPanelDepth * kPanel), to, columns);
+          else
+            kernels.multiply(inputs + f * per_input, rows, channels, depth, packed + task * per_panel, to, columns);
         }
       });
       parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
@@ -196,21 +213,25 @@ struct Convolution {
             form.reach(results)};
   }
 
-  // kChunk channels of a strip's columns: the pixels that each of its results is computed from, side by side.
+  // kChunk channels, from the c-th on, of a strip's columns: all that each of its results is computed from.
   void gather_columns(const Strips& all, int64_t strip, int64_t c, float* to, int64_t depth) const {
     const Place at = place(all, strip);
     const int64_t here = results(all, at);
-    if (form.taps() == 1 && form.stride == 1) return gather(at.sample, c, window(at, here), to, depth);
+    if (form.taps() == 1 && form.stride == 1) return gather(at.sample, c, window(at, here), to + c, depth);
     static thread_local AlignedFloats kept;
     const int64_t width = form.reach(here);
     float* pixels = kept.at_least(form.kernel * width * kChunk);
     gather(at.sample, c, window(at, here), pixels, kChunk);
-    const int64_t bytes = std::min(kChunk, channels - c) * int64_t(sizeof(float));
+    const int64_t wanted = std::min(kChunk, channels - c), taps = form.taps();
     for (int64_t t = 0; t < here; ++t)
-      for (int64_t i = 0; i < form.kernel; ++i)
-        for (int64_t j = 0; j < form.kernel; ++j)
-          std::memcpy(to + t * depth + (i * form.kernel + j) * channels,
-                      pixels + (i * width + t * form.stride + j) * kChunk, bytes);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const float* from = pixels + (tap / form.kernel * width + t * form.stride + tap % form.kernel) * kChunk;
+        float* column = to + t * depth;
+        if (taps_last)
+          for (int64_t i = 0; i < wanted; ++i) column[(c + i) * taps + tap] = from[i];
+        else
+          std::memcpy(column + tap * channels + c, from, wanted * sizeof(float));
+      }
   }
 
   // kChunk channels of a strip's tiles, transformed: one matrix per frequency.
@@ -280,15 +301,17 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// All tensors dense and NHWC, parameters in float32, out not empty: cpu_impl.py sees to it.
+// All tensors dense and NHWC, parameters in float32, out not empty: cpu_impl.py sees to it. weights: for m = 1 as they
+// are, dense in either layout, x's dtype; else packed.
 void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, bool silu, Tensor row_map,
             Tensor column_map, Tensor weights, int64_t m, int64_t kernel, int64_t stride, std::optional<Tensor> bias,
             std::optional<Tensor> channel_bias, std::optional<Tensor> residual, double scale, int64_t isa, Tensor out) {
   const int64_t channels = x.size(1) + (skip ? skip->size(1) : 0), out_channels = out.size(1);
   const Form form{m, kernel, stride};
   form.check();
-  if (out.numel() == 0 || weights.numel() != form.packed_size(out_channels, channels))
-    throw std::invalid_argument("weights: expected what pack_conv2d gives for these channels");
+  if (out.numel() == 0 || weights.numel() != (m == 1 ? out_channels * channels * kernel * kernel
+                                                     : form.packed_size(out_channels, channels)))
+    throw std::invalid_argument("weights: expected [out, in, kernel, kernel], or what pack_conv2d makes of it");
   if (row_map.numel() < form.reach(round_up(out.size(2), m)) ||
       column_map.numel() < form.reach(round_up(out.size(3), m)))
     throw std::invalid_argument("row_map, column_map: expected one entry for every pixel of every tile");
@@ -304,7 +327,9 @@ void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, 
                    static_cast<const int32_t*>(row_map.const_data_ptr()),
                    static_cast<const int32_t*>(column_map.const_data_ptr()),
                    data_or_null<float>(affine),
-                   static_cast<const float*>(weights.const_data_ptr()),
+                   m == 1 ? nullptr : static_cast<const float*>(weights.const_data_ptr()),
+                   m == 1 ? static_cast<const T*>(weights.const_data_ptr()) : nullptr,
+                   m == 1 && weights.stride(1) != 1,
                    data_or_null<float>(bias),
                    data_or_null<float>(channel_bias),
                    channel_bias && channel_bias->size(0) > 1 ? out_channels : 0,

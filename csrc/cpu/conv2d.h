@@ -8,6 +8,9 @@
 
 namespace fastsd {
 
+// So much of a panel's depth is multiplied with at a time: what stays in a core's own cache.
+constexpr int64_t kPanelDepth = 2560;
+
 // One source of input channels, NHWC.
 template <typename T>
 struct Channels {
@@ -48,6 +51,9 @@ struct ConvolutionKernels {
                            int64_t height, int64_t width, const Destination<T>& to);
   void (*write_pixels)(const float* sums, int64_t pixels, int64_t per_sum, int64_t channels, const float* bias,
                        float scale, const Destination<T>& to);
+  void (*pack_panel)(const T* rows, int64_t count, int64_t per_row, int64_t depth, float* to);
+  void (*multiply_unpacked)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const T* b, int64_t count,
+                            float* scratch, float* out, int64_t out_row);
 };
 
 }  // namespace fastsd

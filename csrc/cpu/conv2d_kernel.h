@@ -153,10 +153,71 @@ static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t 
 // out[rows, kPanel] = a[rows, depth] b[depth, kPanel], so much of the depth at a time that b's part stays in the cache.
 static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
                      int64_t out_row) {
-  const int64_t steps = (depth + 2559) / 2560;
+  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
     multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, step > 0);
+  }
+}
+
+// Swaps the elements of a and b whose places differ by S: one step of a transposition.
+template <int S>
+static inline __attribute__((always_inline)) void exchange(Vector& a, Vector& b) {
+  typedef int Places __attribute__((vector_size(4 * FASTSD_LANES)));
+  Vector x = a, y = b;
+#if defined(__clang__)
+  for (int i = 0; i < kLanes; ++i) {
+    a[i] = i & S ? y[i - S] : x[i];
+    b[i] = i & S ? y[i] : x[i + S];
+  }
+#else
+  Places of_a, of_b;
+  for (int i = 0; i < kLanes; ++i) {
+    of_a[i] = i & S ? kLanes + i - S : i;
+    of_b[i] = i & S ? kLanes + i : i + S;
+  }
+  a = __builtin_shuffle(x, y, of_a);
+  b = __builtin_shuffle(x, y, of_b);
+#endif
+}
+
+template <int S>
+static inline __attribute__((always_inline)) void exchange_all(Vector* v) {
+  if constexpr (S < kLanes) {
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & S)) exchange<S>(v[i], v[i + S]);
+    exchange_all<2 * S>(v);
+  }
+}
+
+// to[depth, kPanel] from as many rows [depth] of weights; the columns past the last are zero.
+template <typename T>
+static void pack_panel(const T* rows, int64_t count, int64_t per_row, int64_t depth, float* to) {
+  int64_t d = 0;
+  for (; count == kPanel && d + kLanes <= depth; d += kLanes)
+    for (int64_t k = 0; k < kPanel; k += kLanes) {
+      Vector block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        float row[kLanes];
+        for (int j = 0; j < kLanes; ++j) row[j] = load(rows + (k + i) * per_row + d + j);
+        read(row, block[i]);
+      }
+      exchange_all<1>(block);
+      for (int i = 0; i < kLanes; ++i) write(to + (d + i) * kPanel + k, block[i]);
+    }
+  for (; d < depth; ++d)
+    for (int64_t k = 0; k < kPanel; ++k) to[d * kPanel + k] = k < count ? load(rows + k * per_row + d) : 0.0f;
+}
+
+// multiply() by weights that are not packed: rows of b, of which there are `count`. scratch: kPanelDepth * kPanel.
+template <typename T>
+static void multiply_unpacked(const float* a, int64_t rows, int64_t depth, int64_t a_row, const T* b, int64_t count,
+                              float* scratch, float* out, int64_t out_row) {
+  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
+    pack_panel(b + first, count, depth, n, scratch);
+    multiply_block(a + first, rows, n, a_row, scratch, out, out_row, step > 0);
   }
 }
 
@@ -234,6 +295,11 @@ static void transform_output(const float* sums, int64_t per_frequency, int64_t c
 
 template <int M, typename T>
 static ConvolutionKernels<T> convolution_kernels(bool silu) {
-  return {silu ? gather<true, T> : gather<false, T>, transform_input<M>, multiply, transform_output<M, T>,
-          write_pixels<T>};
+  return {silu ? gather<true, T> : gather<false, T>,
+          transform_input<M>,
+          multiply,
+          transform_output<M, T>,
+          write_pixels<T>,
+          pack_panel<T>,
+          multiply_unpacked<T>};
 }

@@ -72,38 +72,16 @@ void pack(const WeightMatrix<N, R>& matrix, const Tensor& weight, float* packed)
   });
 }
 
-// The weights as they are, as packed[panel][row][column][in][kPanel].
-template <typename T>
-void pack_taps(const Tensor& weight, float* packed) {
-  const T* data = static_cast<const T*>(weight.const_data_ptr());
-  const int64_t out_channels = weight.size(0), channels = weight.size(1), side = weight.size(2);
-  const int64_t per_out = weight.stride(0), per_in = weight.stride(1), per_row = weight.stride(2),
-                per_column = weight.stride(3), panels = ceil_div(out_channels, kPanel);
-  parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task / channels, c = task % channels, here = std::min(kPanel, out_channels - p * kPanel);
-      for (int64_t i = 0; i < side; ++i)
-        for (int64_t j = 0; j < side; ++j) {
-          float* to = packed + ((p * side * side + i * side + j) * channels + c) * kPanel;
-          for (int64_t k = 0; k < kPanel; ++k) {
-            const T* at = data + (p * kPanel + k) * per_out + c * per_in + i * per_row + j * per_column;
-            to[k] = k < here ? load(at) : 0.0f;
-          }
-        }
-    }
-  });
-}
-
 void pack_conv2d(Tensor weight, int64_t m, Tensor out) {
   const Form form{m, weight.size(2), 1};
   form.check();
+  if (m == 1) throw std::invalid_argument("m: expected 2 or 4");
   if (weight.size(3) != form.kernel) throw std::invalid_argument("weight: expected a square kernel");
   if (out.numel() != form.packed_size(weight.size(0), weight.size(1)))
     throw std::invalid_argument("out: expected [frequencies, panels, depth, panel]");
   float* packed = static_cast<float*>(out.mutable_data_ptr());
   with_element(weight, [&](auto element) {
     using T = decltype(element);
-    if (m == 1) pack_taps<T>(weight, packed);
     if (m == 2) pack<4, 3, T>(kMatrix2, weight, packed);
     if (m == 4) pack<6, 3, T>(kMatrix4, weight, packed);
   });

@@ -21,8 +21,9 @@ struct Form {
   int64_t taps() const { return m == 1 ? kernel * kernel : 1; }  // pixels side by side in a row of the matrix
   // rows or columns of the input that so many of the result are computed from
   int64_t reach(int64_t results) const { return (results - 1) * stride + kernel; }
+  // of Winograd's algorithms; columns are multiplied with weights as they are
   int64_t packed_size(int64_t out_channels, int64_t channels) const {
-    return frequencies() * taps() * channels * round_up(out_channels, kPanel);
+    return frequencies() * channels * round_up(out_channels, kPanel);
   }
 
   void check() const {

@@ -42,7 +42,7 @@ def patch(
             each op at each call.
         rules: rules to use, or names of registered ones; ``None`` for all that are registered.
         max_extra_memory: bytes that transformed copies of weights may take, which the CPU's convolutions are faster
-            with; ``None`` for what an earlier patch of the model set, else 1.14 times the bytes of its parameters.
+            with; ``None`` for what an earlier patch of the model set, else the bytes of its parameters.
             Each call that sets a new bound counts from zero, so patch a model as a whole. Copies are made when a
             layer first runs, and again when its weights have changed; 0 keeps none.
 

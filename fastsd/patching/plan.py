@@ -12,9 +12,9 @@ from fastsd.patching.survey import Finding, parts_of, survey
 from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.dispatch import BACKENDS
 
-# times the bytes of the model's parameters. A stock model takes a fifth more than these when it runs, so that the peak
-# of a patched one stays below twice that; and all copies that SD1.5's 64² latents ask for find room
-DEFAULT_EXTRA_MEMORY = 1.14
+# times the bytes of the model's parameters. A stock model takes more than these when it runs, so that the peak of a
+# patched one stays below twice that; and all copies that SD1.5's 64² latents ask for find room
+DEFAULT_EXTRA_MEMORY = 1.0
 
 
 @dataclass(frozen=True)

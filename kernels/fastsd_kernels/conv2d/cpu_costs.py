@@ -12,8 +12,10 @@ from fastsd_kernels.conv2d.sizes import TILES, frequencies, packed_shape, tiles_
 
 # operations for a byte
 READ_WEIGHTS = 12  # of packed weights, where they are read more slowly than they are used
+DIGEST = 18  # of weights of which a copy is used
 TRANSFORM = 18  # of the matrices of input and output, written and read
 GATHER = 4  # of the same for columns, which stay in a core's cache
+PACK_PANELS = 22  # of weights that are multiplied with columns: read, and packed panel by panel
 PACK = 110  # of packed weights that live for one call; most of it goes to the system, for fresh memory
 REORDER = {1: 45, 3: 130}  # of weights that oneDNN reorders at each call, by the size of the kernel
 PASS = 10  # of a map that is read or written by a pass of its own
@@ -50,9 +52,9 @@ class Call:
 
     def packed_bytes(self, algorithm: str) -> int:
         """What the weights of an algorithm take beside the original."""
-        if algorithm == "direct":
+        if algorithm in ("direct", "product"):
             return 0
-        return 4 * math.prod(packed_shape(self.out_channels, self.channels, self.kernel, TILES[algorithm]))
+        return 4 * math.prod(packed_shape(self.out_channels, self.channels, TILES[algorithm]))
 
 
 def compute_cost(algorithm: str, call: Call) -> float:
@@ -62,9 +64,12 @@ def compute_cost(algorithm: str, call: Call) -> float:
         return 2.0 * weights * call.positions + REORDER[call.kernel] * 4 * weights + PASS * call.extra_bytes
     tile = TILES[algorithm]
     rows = frequencies(tile) * tiles_of(call.batch, call.out_height, call.out_width, tile)
-    depth = call.channels * (call.kernel**2 if tile == 1 else 1)
-    product = max(2.0 * rows * depth * call.out_channels, READ_WEIGHTS * float(call.packed_bytes(algorithm)))
-    return product + (GATHER if tile == 1 else TRANSFORM) * 4.0 * rows * (depth + call.out_channels)
+    if tile == 1:
+        depth = call.channels * call.kernel**2
+        moved = PACK_PANELS * weights + GATHER * rows * (depth + call.out_channels)
+        return 2.0 * rows * depth * call.out_channels + 4.0 * moved
+    product = max(2.0 * rows * call.channels * call.out_channels, READ_WEIGHTS * float(call.packed_bytes(algorithm)))
+    return product + 4.0 * (DIGEST * weights + TRANSFORM * rows * (call.channels + call.out_channels))
 
 
 def costs(call: Call, kept_tile: int | None, room: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsd_kernels import cpu_runtime
 from fastsd_kernels.conv2d import composed, cpu_costs, packed_weights
 from fastsd_kernels.conv2d.sizes import TILES, output_size, packed_shape
-from fastsd_kernels.layout import dense, empty_map, is_channels_last
+from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALGORITHMS = ("direct", "product", "winograd2", "winograd4")
@@ -66,8 +66,9 @@ def run(
     if algorithm is None:
         algorithm = _choose(x, weight, call)
     norm = (num_groups, norm_weight, norm_bias, eps, mean, rstd)
-    if algorithm == "direct" or call.is_empty:
+    if not algorithm.startswith("winograd"):
         packed_weights.forget(weight)
+    if algorithm == "direct" or call.is_empty:
         surroundings = (activation, upsample_size, channel_bias, residual, output_scale)
         return composed.run(x, weight, bias, stride, padding, skip, *norm, *surroundings)
 
@@ -84,7 +85,7 @@ def run(
         activation == "silu",
         _source_map(x.shape[2], size[0], top, out_size[0], tile, call.kernel, stride),
         _source_map(x.shape[3], size[1], left, out_size[1], tile, call.kernel, stride),
-        packed_weights.packed(weight, tile, call.positions, _pack),
+        _as_is(weight) if tile == 1 else packed_weights.packed(weight, tile, call.positions, _pack),
         tile,
         call.kernel,
         stride,
@@ -176,8 +177,12 @@ def _source_map(size: int, enlarged: int, before: int, out: int, tile: int, kern
     return result
 
 
+def _as_is(weight: Tensor) -> Tensor:
+    return weight if is_dense(weight, False) or is_dense(weight, True) else weight.contiguous()
+
+
 def _pack(weight: Tensor, tile: int) -> Tensor:
-    out = _pages(packed_shape(weight.shape[0], weight.shape[1], weight.shape[2], tile))
+    out = _pages(packed_shape(weight.shape[0], weight.shape[1], tile))
     torch.ops.fastsd_cpu.pack_conv2d.default(weight, tile, out)
     return out
 

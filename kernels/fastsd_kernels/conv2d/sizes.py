@@ -16,10 +16,9 @@ def frequencies(tile: int) -> int:
     return 1 if tile == 1 else (tile + 2) ** 2
 
 
-def packed_shape(out_channels: int, channels: int, kernel: int, tile: int) -> tuple[int, ...]:
-    """Shape of packed weights: frequencies, panels, depth, columns of a panel."""
-    taps = kernel**2 if tile == 1 else 1
-    return frequencies(tile), math.ceil(out_channels / PANEL), taps * channels, PANEL
+def packed_shape(out_channels: int, channels: int, tile: int) -> tuple[int, ...]:
+    """Shape of weights that are packed for Winograd's algorithms: frequencies, panels, depth, columns of a panel."""
+    return frequencies(tile), math.ceil(out_channels / PANEL), channels, PANEL
 
 
 def tiles_of(batch: int, height: int, width: int, tile: int) -> int:
