@@ -134,8 +134,8 @@ def is_op_convolution(owner: nn.Module, name: str) -> bool:
     )
 
 
-def is_inference(conv: nn.Conv2d, x: Tensor, *others: Any) -> bool:
-    """Whether a convolution of ``x`` may run as the op: on the CPU, in one dtype, no gradient wanted.
+def is_inference(conv: nn.Conv2d | nn.Linear, x: Tensor, *others: Any) -> bool:
+    """Whether a convolution or projection of ``x`` may run as the op: on the CPU, in one dtype, no gradient wanted.
 
     ``others``: what else goes into it.
     """

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fastsd_kernels.conv2d import cpu_speed
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -11,6 +13,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_measured_speed(monkeypatch):
+    """What is replaced by what must not depend on the processor; test_patch_feed_forward.py tries the other case."""
+    monkeypatch.setattr(cpu_speed, "_is_faster", False)
 
 
 @pytest.fixture(autouse=True)

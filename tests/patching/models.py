@@ -170,6 +170,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def assert_layout(actual: Tensor, stock: Tensor) -> None:
+    """A replaced block gives a map that is channels last, or laid out as stock's."""
+    assert actual.is_contiguous(memory_format=torch.channels_last) or actual.stride() == stock.stride()
+
+
 def assert_as_stock(actual: Tensor, stock: Tensor) -> None:
     """The float32 contract of a patched model."""
     assert relative_error(actual, stock) <= 1e-4

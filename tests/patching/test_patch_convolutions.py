@@ -16,7 +16,7 @@ from torch import nn
 import fastsd
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels.conv2d import cpu_costs, cpu_impl
-from tests.patching.models import assert_as_stock, build, call, fused_convolutions
+from tests.patching.models import assert_as_stock, assert_layout, build, call, fused_convolutions
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -87,7 +87,7 @@ def test_module(algorithm, kind, options, arguments, memory_format):
         3 if "out_channels" in options and kind is ResnetBlock2D else 2 if kind is ResnetBlock2D else 1
     )
     fast = model[0](*given)
-    assert fast.stride() == stock.stride()
+    assert_layout(fast, stock)
     assert_as_stock(fast, stock)
 
 
@@ -251,7 +251,7 @@ class TestCopiesOfWeights:
             assert_as_stock(model[0](*inputs(model[0])), stock)
             assert budget.used_bytes == copies * 262_144
         if bound is None:
-            assert budget.max_bytes == int(1.14 * sum(p.nbytes for p in model.parameters()))
+            assert budget.max_bytes == sum(p.nbytes for p in model.parameters())
 
     @torch.no_grad()
     def test_larger_maps_first(self):

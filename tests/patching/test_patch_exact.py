@@ -9,6 +9,7 @@ import fastsd
 from tests.patching.models import (
     NAMES,
     assert_as_stock,
+    assert_layout,
     block_count,
     blocks,
     build,
@@ -122,7 +123,7 @@ class TestBlock:
         holder = self.holder(**changes)
         temb = None if holder[0].time_emb_proj is None else torch.randn(batch, 6)
         stock, fast = self.both(holder, torch.randn(batch, 8, 6, 4), temb)
-        assert fast.stride() == stock.stride()
+        assert_layout(fast, stock)
         assert_as_stock(fast, stock)
         assert op_calls(lambda: holder[0](torch.randn(batch, 8, 6, 4), temb)) == 2
 

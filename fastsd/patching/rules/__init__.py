@@ -1,6 +1,7 @@
 """The rules that come with fastsd, one file per kind of module."""
 
 from fastsd.patching.rules.autoencoder import VAE_DECODER, VAE_ENCODER
+from fastsd.patching.rules.feed_forward import FEED_FORWARD
 from fastsd.patching.rules.resampling import DOWNSAMPLE, UPSAMPLE
 from fastsd.patching.rules.resnet_block import RESNET_BLOCK
 from fastsd.patching.rules.transformer import TRANSFORMER
@@ -13,6 +14,7 @@ BUILT_IN = (
     UP_BLOCK,
     CROSS_ATTENTION_UP_BLOCK,
     TRANSFORMER,
+    FEED_FORWARD,
     VAE_ENCODER,
     VAE_DECODER,
 )

@@ -1,0 +1,125 @@
+"""Feed-forward layers: projections as 1×1 convolutions where these are faster, the leaf itself where more is asked."""
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+import fastsd
+from fastsd_kernels.conv2d import cpu_speed
+from tests.patching.models import assert_as_stock, build, call, fused_convolutions
+
+
+@pytest.fixture(autouse=True)
+def _faster(monkeypatch, _no_measured_speed):
+    """As on a processor that torch's products are slow on."""
+    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+
+
+def layer(**changes):
+    torch.manual_seed(0)
+    return nn.ModuleList([FeedForward(**{"dim": 24} | changes)]).eval()
+
+
+def tokens(count=7, dtype=torch.float32):
+    return torch.randn(2, count, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu-approximate", "geglu-approximate", "swiglu"])
+@pytest.mark.parametrize("count", [1, 7, 300])
+@torch.no_grad()
+def test_as_stock(activation, count):
+    model = layer(activation_fn=activation)
+    stock = model[0](tokens(count))
+    fast = fastsd.patch(model, strict=True)[0](tokens(count))
+    assert fast.stride() == stock.stride()
+    torch.testing.assert_close(fast, stock, rtol=1e-5, atol=1e-6)
+    assert torch.equal(fastsd.unpatch(model)[0](tokens(count)), stock)
+
+
+def test_both_projections_are_the_op():
+    model = fastsd.patch(layer())
+    assert fused_convolutions(lambda: model[0](tokens())) == 2
+
+
+def test_without_a_faster_product_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", False)
+    model = layer()
+    stock = model[0](tokens())
+    fastsd.patch(model)
+    assert fused_convolutions(lambda: model[0](tokens())) == 0
+    assert torch.equal(model[0](tokens()), stock)
+
+
+def test_patching_measures(monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", None)
+    monkeypatch.setattr(cpu_speed, "_ratio", lambda: 1.3)
+    fastsd.patch(layer())
+    assert cpu_speed.is_faster()
+    monkeypatch.setattr(cpu_speed, "_ratio", lambda: 0.5)
+    fastsd.patch(layer())
+    assert cpu_speed.is_faster()  # once in a process, so that results do not change
+
+
+@pytest.mark.parametrize("path", ["net.0", "net.0.proj", "net.1", "net.2"])
+@torch.no_grad()
+def test_a_hook_runs(path):
+    outputs = []
+    for prepare in (lambda model: model, fastsd.patch):
+        model = prepare(layer())
+        model[0].get_submodule(path).register_forward_hook(lambda module, args, output: 3 * output)
+        outputs.append(model[0](tokens()))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.5}, {"dropout": 0.5, "final_dropout": True}, {"bias": False}])
+def test_options(changes):
+    outputs = []
+    for prepare in (lambda model: model, fastsd.patch):
+        model = prepare(layer(**changes)).train()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            outputs.append(model[0](tokens()))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_stock():
+    model = fastsd.patch(layer())
+    assert fused_convolutions(lambda: model[0](tokens()).sum().backward(), grad=True) == 0
+    assert model[0].net[2].weight.grad is not None
+
+
+@torch.no_grad()
+def test_other_dtypes_are_left_to_torch():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = layer().to(dtype)
+        stock = model[0](tokens(dtype=dtype))
+        assert torch.equal(fastsd.patch(model)[0](tokens(dtype=dtype)), stock)
+
+
+@torch.no_grad()
+def test_weights_are_read_live():
+    model = fastsd.patch(layer())
+    model[0](tokens())
+    model[0].net[2].weight.data.mul_(2)
+    stock = layer()
+    stock[0].net[2].weight.mul_(2)
+    torch.testing.assert_close(model[0](tokens()), stock[0](tokens()), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_in_a_model():
+    stock = call(build())
+    model = fastsd.patch(build(), strict=True)
+    assert_as_stock(call(model), stock)
+    with_layers = fused_convolutions(lambda: call(model))
+    fastsd.patch(model := build(), rules=[r for r in fastsd.registered_rules() if r.name != "feed_forward"])
+    # four transformers with one layer of two projections each
+    assert with_layers - fused_convolutions(lambda: call(model)) == 8
+
+
+@torch.no_grad()
+def test_row_10_compiled():
+    stock, model = call(build()), fastsd.patch(build())
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert_as_stock(call(model), stock)
