@@ -14,10 +14,10 @@ from fastsd_kernels.conv2d.sizes import TILES, frequencies, packed_shape, tiles_
 READ_WEIGHTS = 12  # of packed weights, where they are read more slowly than they are used
 DIGEST = 18  # of weights of which a copy is used
 TRANSFORM = 18  # of the matrices of input and output, written and read
-GATHER = 4  # of the same for columns, which stay in a core's cache
+GATHER = 8  # of the same for columns, which stay in a core's cache
 PACK_PANELS = 22  # of weights that are multiplied with columns: read, and packed panel by panel
 PACK = 110  # of packed weights that live for one call; most of it goes to the system, for fresh memory
-REORDER = {1: 45, 3: 130}  # of weights that oneDNN reorders at each call, by the size of the kernel
+REORDER = {1: 40, 3: 130}  # of weights that oneDNN reorders at each call, by the size of the kernel
 PASS = 10  # of a map that is read or written by a pass of its own
 # Where copies are kept, an algorithm has to be so much faster than one that takes less memory: F(4×4)'s weights are
 # 2.25 times those of F(2×2), these 1.78 times those of columns. So SD1.5's copies take little more than the model.
