@@ -14,13 +14,13 @@ from fastsd_kernels.conv2d.sizes import TILES, frequencies, packed_shape, tiles_
 READ_WEIGHTS = 12  # of packed weights, where they are read more slowly than they are used
 DIGEST = 18  # of weights of which a copy is used
 TRANSFORM = 18  # of the matrices of input and output, written and read
-GATHER = 8  # of the same for columns, which stay in a core's cache
+GATHER = {1: 8, 3: 32}  # of columns and their results, by the size of the kernel
 PACK_PANELS = 22  # of weights that are multiplied with columns: read, and packed panel by panel
 PACK = 110  # of packed weights that live for one call; most of it goes to the system, for fresh memory
 REORDER = {1: 40, 3: 130}  # of weights that oneDNN reorders at each call, by the size of the kernel
 PASS = 10  # of a map that is read or written by a pass of its own
 # Where copies are kept, an algorithm has to be so much faster than one that takes less memory: F(4×4)'s weights are
-# 2.25 times those of F(2×2), these 1.78 times those of columns. So SD1.5's copies take little more than the model.
+# 2.25 times those of F(2×2), and columns have none. So SD1.5's copies take less than the model.
 FEWEST_GAIN = {"winograd4": 1.25, "winograd2": 1.6}
 
 
@@ -66,7 +66,7 @@ def compute_cost(algorithm: str, call: Call) -> float:
     rows = frequencies(tile) * tiles_of(call.batch, call.out_height, call.out_width, tile)
     if tile == 1:
         depth = call.channels * call.kernel**2
-        moved = PACK_PANELS * weights + GATHER * rows * (depth + call.out_channels)
+        moved = PACK_PANELS * weights + GATHER[call.kernel] * rows * (depth + call.out_channels)
         return 2.0 * rows * depth * call.out_channels + 4.0 * moved
     product = max(2.0 * rows * call.channels * call.out_channels, READ_WEIGHTS * float(call.packed_bytes(algorithm)))
     return product + 4.0 * (DIGEST * weights + TRANSFORM * rows * (call.channels + call.out_channels))

@@ -5,6 +5,7 @@ Measured once in a process, when a model is patched, since no list of processors
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,9 @@ def is_faster() -> bool:
 
 def _ratio() -> float:
     """Torch's time for a linear layer over that of this library."""
-    with torch.no_grad():
-        x, weight = torch.randn(ROWS, CHANNELS), torch.randn(CHANNELS, CHANNELS)
+    like: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight = torch.randn(ROWS, CHANNELS, **like), torch.randn(CHANNELS, CHANNELS, **like)
         as_map, kernel = x.t()[None, :, None], weight[:, :, None, None]
         torchs: list[float] = []
         own: list[float] = []

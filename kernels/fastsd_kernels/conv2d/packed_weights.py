@@ -1,12 +1,12 @@
 """Transformed copies of weights, kept from call to call within a bound.
 
-The CPU's algorithms multiply with weights in another form: packed, and by Winograd transformed to 16/9 or 4 times their
-size. Packing costs as much as the convolution of a small map, so it is worth keeping; a :class:`WeightBudget` says how
-much memory that may take. Without one a copy lives for one call.
+Winograd's algorithms multiply with weights that are transformed to 16/9 or 4 times their size. That costs as much as the
+convolution of a small map, so it is worth keeping; a :class:`WeightBudget` says how much memory it may take. Without
+one a copy lives for one call.
 
 A copy is used only if its source still has the shape, the strides and the 64-bit digest of what it was made from. That
 is checked at every call, by reading the weight: an edit through ``.data``, which fusing an adapter does, leaves no
-other trace. Reading costs about a hundredth of a convolution of a large map, a tenth of one at 16² or 8². While another
+other trace. Reading costs about a hundredth of a convolution of a large map, a tenth of one at 16². While another
 thread edits a weight, a call sees some of the edit, as it would without a copy; the next one sees all of it.
 """
 
