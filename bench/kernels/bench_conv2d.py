@@ -3,36 +3,16 @@
 With copies of the weights kept, as in a patched model, see ``python -m bench blocks``.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.kernels.skip_cases import NUM_GROUPS, by_name
 from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
-from fastsd_kernels.testing import Sample, feature_map
+from fastsd_kernels.testing import Sample
 from fastsd_kernels.testing.inputs import random_tensor
-
-NUM_GROUPS = 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """The first convolution of a residual block on a square map: norm, SiLU, convolution and time embedding."""
-
-    batch: int
-    channels: int
-    skip_channels: int
-    out_channels: int
-    side: int
-    layout: str
-
-    @property
-    def name(self) -> str:
-        channels = f"{self.channels}+{self.skip_channels}" if self.skip_channels else f"{self.channels}"
-        return f"{self.batch}x{channels}->{self.out_channels}x{self.side}x{self.side} {self.layout}"
-
 
 _SHAPES = (
     (1, 320, 0, 320, 64),
@@ -47,28 +27,19 @@ _SHAPES = (
     (1, 512, 0, 512, 64),
     (1, 256, 0, 256, 256),
 )
-CASES = {
-    case.name: case
-    for shape in _SHAPES
-    for layout in ("contiguous", "channels_last")
-    for case in [Case(*shape, layout)]
-}
+CASES = by_name(_SHAPES)
 
 
 def sample(name: str, device: torch.device, dtype: torch.dtype) -> Sample:
-    """The call named ``BATCHxCHANNELS[+SKIP]->OUTxHEIGHTxWIDTH LAYOUT``."""
+    """The first convolution of a residual block: norm, SiLU, convolution and time embedding."""
     case = CASES[name]
     like: dict[str, Any] = {"device": device, "dtype": dtype}
-    channels, size = case.channels + case.skip_channels, (case.side, case.side)
-    weight = random_tensor((case.out_channels, channels, 3, 3), **like) * (9 * channels) ** -0.5
+    channels = case.all_channels
     given = {
-        "x": feature_map((case.batch, case.channels, *size), case.layout, **like),
-        "weight": weight,
+        **case.maps(**like),
+        "weight": random_tensor((case.out_channels, channels, 3, 3), **like) * (9 * channels) ** -0.5,
         "bias": torch.zeros(case.out_channels, **like),
         "padding": 1,
-        "skip": feature_map((case.batch, case.skip_channels, *size), case.layout, **like)
-        if case.skip_channels
-        else None,
         "num_groups": NUM_GROUPS,
         "norm_weight": torch.ones(channels, **like),
         "norm_bias": torch.zeros(channels, **like),

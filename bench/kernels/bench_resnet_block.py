@@ -3,37 +3,17 @@
 With copies of the weights kept, as in a patched model, see ``python -m bench blocks``.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.kernels.skip_cases import NUM_GROUPS, by_name
 from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
 from fastsd_kernels.resnet_block.cases import block
-from fastsd_kernels.testing import Sample, feature_map
+from fastsd_kernels.testing import Sample
 from fastsd_kernels.testing.inputs import random_tensor
-
-NUM_GROUPS = 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """A residual block on a square map; with channels of a skip connection, one of an up-block."""
-
-    batch: int
-    channels: int
-    skip_channels: int
-    out_channels: int
-    side: int
-    layout: str
-
-    @property
-    def name(self) -> str:
-        channels = f"{self.channels}+{self.skip_channels}" if self.skip_channels else f"{self.channels}"
-        return f"{self.batch}x{channels}->{self.out_channels}x{self.side}x{self.side} {self.layout}"
-
 
 _SHAPES = (
     (1, 320, 0, 320, 64),
@@ -47,26 +27,18 @@ _SHAPES = (
     (2, 320, 0, 320, 128),
     (1, 512, 0, 512, 64),
 )
-CASES = {
-    case.name: case
-    for shape in _SHAPES
-    for layout in ("contiguous", "channels_last")
-    for case in [Case(*shape, layout)]
-}
+CASES = by_name(_SHAPES)
 
 
 def sample(name: str, device: torch.device, dtype: torch.dtype) -> Sample:
-    """The call named ``BATCHxCHANNELS[+SKIP]->OUTxHEIGHTxWIDTH LAYOUT``."""
+    """A residual block; with channels of a skip connection, one of an up-block."""
     case = CASES[name]
     like: dict[str, Any] = {"device": device, "dtype": dtype}
-    size = (case.side, case.side)
     given = {
-        "x": feature_map((case.batch, case.channels, *size), case.layout, **like),
-        **block(case.channels + case.skip_channels, case.out_channels, NUM_GROUPS, **like),
+        **case.maps(**like),
+        **block(case.all_channels, case.out_channels, NUM_GROUPS, **like),
         "channel_bias": random_tensor((case.batch, case.out_channels), **like),
     }
-    if case.skip_channels:
-        given["skip"] = feature_map((case.batch, case.skip_channels, *size), case.layout, **like)
     return Sample(name, given, WINOGRAD_RELATIVE_L2 if dtype == torch.float32 else None)
 
 
@@ -82,7 +54,7 @@ def eager(
     norm2_weight: Tensor,
     norm2_bias: Tensor,
     channel_bias: Tensor,
-    skip: Tensor | None = None,
+    skip: Tensor | None,
     shortcut_weight: Tensor | None = None,
     shortcut_bias: Tensor | None = None,
 ) -> Tensor:
