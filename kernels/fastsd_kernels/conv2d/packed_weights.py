@@ -1,8 +1,8 @@
 """Transformed copies of weights, kept from call to call within a bound.
 
-Winograd's algorithms multiply with weights that are transformed to 16/9 or 4 times their size. That costs as much as the
-convolution of a small map, so it is worth keeping; a :class:`WeightBudget` says how much memory it may take. Without
-one a copy lives for one call.
+Winograd's algorithms multiply with weights that are transformed to 16/9 or 4 times their size. That costs as much as
+the convolution of a small map, so it is worth keeping; a :class:`WeightBudget` says how much memory it may take.
+Without one a copy lives for one call.
 
 A copy is used only if its source still has the shape, the strides and the 64-bit digest of what it was made from. That
 is checked at every call, by reading the weight: an edit through ``.data``, which fusing an adapter does, leaves no
