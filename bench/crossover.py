@@ -26,7 +26,7 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Row:
-    """One 3×3 convolution of C to C channels on a square map, packed weights kept; seconds of each algorithm."""
+    """One 3×3 convolution of C to C channels on a square map, transformed weights kept; seconds of each algorithm."""
 
     channels: int
     side: int
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         check_plot(options.plot)
     device, rows = read(options.source) if options.source else measure_all(options.repeats, options.json)
-    title = f"3×3, batch 1, float32, channels_last, weights packed before; {device}"
+    title = f"3×3, batch 1, float32, channels_last, weights transformed before; {device}"
     print(title)
     print(table(rows))
     if options.plot:

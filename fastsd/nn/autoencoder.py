@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastsd.nn.convolution import convolve, example_convolution, is_inference
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
-from fastsd.nn.replacement import Replacement, settings_of
+from fastsd.nn.replacement import Replacement, active_settings
 
 
 def why_stock(module: stock.Encoder | stock.Decoder) -> str | None:
@@ -23,8 +23,9 @@ def why_stock(module: stock.Encoder | stock.Decoder) -> str | None:
 
 def _runs_stock(module: stock.Encoder | stock.Decoder, sample: Tensor) -> bool:
     return (
-        settings_of(module) is None
+        active_settings(module) is None
         or why_stock(module) is not None
+        or (torch.is_grad_enabled() and module.gradient_checkpointing)
         or not isinstance(module.conv_out, nn.Conv2d)
         or not is_inference(module.conv_out, sample)
     )

@@ -9,7 +9,7 @@ from fastsd.nn.convolution import is_inference
 from fastsd.nn.plain import why_not_plain
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import conv2d
-from fastsd_kernels.conv2d import cpu_speed
+from fastsd_kernels.conv2d import cpu_impl, cpu_speed
 
 
 def project(owner: nn.Module, holder: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def project(owner: nn.Module, holder: nn.Module, name: str, x: Tensor) -> Tensor
     if settings is None or not is_fused(holder, name, x):
         return layer(x)
     # tokens are a channels-last map of one row
-    y = conv2d(*_as_convolution(layer, x), backend=settings.backend)
+    y = conv2d(*_as_convolution(layer, x.contiguous()), backend=settings.backend)
     return y.squeeze(2).transpose(1, 2)
 
 
@@ -39,6 +39,8 @@ def is_fused(holder: nn.Module, name: str, x: Tensor) -> bool:
         and x.shape[2] == layer.in_features
         and x.numel() > 0
         and is_inference(layer, x)
+        # torch has instructions for less precision that the op does not use
+        and (torch.compiler.is_compiling() or cpu_impl.is_plain_float32())
     )
 
 

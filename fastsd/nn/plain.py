@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.SiLU)}
+_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.Linear, nn.SiLU)}
 
 # functional_call puts plain tensors in the place of parameters, torch.export puts fake ones
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -28,7 +28,7 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
     leaf = getattr(owner, name)
     if type(leaf) is not expected:
         return f"{name} is a {type(leaf).__module__}.{type(leaf).__qualname__}, expected a plain {expected.__name__}"
-    if expected.forward is not _FORWARDS.get(expected, expected.forward):
+    if is_overwritten(expected):
         return f"{expected.__name__}.forward has been overwritten by {expected.forward.__module__}"
     if leaf._forward_hooks or leaf._forward_pre_hooks:
         return f"{name} has a forward hook, which runs only when {name} is called"
@@ -40,6 +40,14 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
         if parameter is not None and type(parameter) not in _PLAIN:
             return f"{name}.{key} is a {type(parameter).__qualname__}, expected a plain Parameter"
     return None
+
+
+def is_overwritten(cls: type[nn.Module], name: str = "forward") -> bool:
+    """Whether somebody has put a function of their own in the place of a class's method."""
+    if name == "forward" and cls in _FORWARDS:
+        return cls.forward is not _FORWARDS[cls]
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    return vars(owner)[name].__module__ != owner.__module__
 
 
 def is_idle(owner: nn.Module, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -28,6 +28,16 @@ class Settings:
     budget: WeightBudget
 
 
+def active_settings(module: nn.Module) -> Settings | None:
+    """The settings of a replaced module; ``None`` also while a stock method that its class overrides is overwritten."""
+    settings = settings_of(module)
+    if settings is None:
+        return None
+    methods: dict[str, Any] = getattr(type(module), "overridden", {})
+    is_stock = all(getattr(settings.stock, name) is method for name, method in methods.items())
+    return settings if is_stock else None
+
+
 def settings_of(module: nn.Module) -> Settings | None:
     """The settings of a replaced module, ``None`` for any other."""
     # not getattr: the wrapper of a compiled module passes it on to the module inside
@@ -42,7 +52,17 @@ class Replacement(nn.Module):
     ``None``: a hook may have captured the bound method of a module that has since been unpatched.
 
     A copy or a pickle is a stock module: it loads where fastsd is not installed.
+
+    Attributes:
+        overridden: the stock methods that the class has its own for, by name, as they were when it was defined.
     """
+
+    overridden: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = next(base for base in cls.__mro__[1:] if not issubclass(base, Replacement))
+        cls.overridden = {name: getattr(stock, name) for name in vars(cls) if callable(getattr(stock, name, None))}
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         settings = settings_of(self)

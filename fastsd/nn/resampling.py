@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastsd.nn.convolution import convolve, example_convolution
 from fastsd.nn.plain import why_stock_everywhere
-from fastsd.nn.replacement import Replacement, settings_of
+from fastsd.nn.replacement import Replacement, active_settings
 
 
 def why_stock(module: upsampling.Upsample2D | downsampling.Downsample2D) -> str | None:
@@ -44,7 +44,7 @@ class Upsample2D(Replacement, upsampling.Upsample2D):
     ) -> Tensor:  # [B, C_out, H', W']
         x = hidden_states
         size = (2 * x.shape[2], 2 * x.shape[3]) if output_size is None else output_size
-        if args or kwargs or settings_of(self) is None or why_stock(self) is not None or len(size) != 2:
+        if args or kwargs or active_settings(self) is None or why_stock(self) is not None or len(size) != 2:
             return upsampling.Upsample2D.forward(self, hidden_states, output_size, *args, **kwargs)
         return convolve(self, _convolution(self), x, upsample_size=size)
 
@@ -58,7 +58,7 @@ class Downsample2D(Replacement, downsampling.Downsample2D):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:  # [B, C_out, H', W']
-        if args or kwargs or settings_of(self) is None or why_stock(self) is not None:
+        if args or kwargs or active_settings(self) is None or why_stock(self) is not None:
             return downsampling.Downsample2D.forward(self, hidden_states, *args, **kwargs)
         padding = (0, 1, 0, 1) if self.padding == 0 else (0, 0, 0, 0)
         return convolve(self, "conv", hidden_states, padding=padding)

@@ -18,7 +18,7 @@ from fastsd.nn.convolution import (
     row_of,
 )
 from fastsd.nn.plain import is_idle, why_not_plain, why_stock_everywhere
-from fastsd.nn.replacement import Replacement, settings_of
+from fastsd.nn.replacement import Replacement, active_settings
 from fastsd_kernels import resnet_block
 
 
@@ -53,8 +53,9 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         skip: Tensor | None = None,  # [B, C2, H, W], what an up-block would concatenate behind input_tensor
         **kwargs: Any,
     ) -> Tensor:  # [B, C_out, H', W']
-        settings = settings_of(self)
-        if args or kwargs or settings is None or why_stock(self) is not None:
+        settings = active_settings(self)
+        lacks_temb = temb is None and self.time_embedding_norm == "scale_shift"
+        if args or kwargs or settings is None or lacks_temb or why_stock(self) is not None:
             return stock.ResnetBlock2D.forward(self, _joined(input_tensor, skip), temb, *args, **kwargs)
         if self.time_emb_proj is not None:
             # the projection gives [B, C], or [B, 2C] for scale and shift
@@ -122,12 +123,13 @@ def one_call(block: stock.ResnetBlock2D, x: Tensor, skip: Tensor | None, temb: T
         and conv1.out_channels == conv2.in_channels == conv2.out_channels
         and conv1.out_channels == (conv1.in_channels if shortcut is None else shortcut.out_channels)
         and block.norm1.eps == block.norm2.eps
-        and (temb is not None or block.time_embedding_norm != "scale_shift")
         and x.dim() == 4
         and all(other.dtype == x.dtype and other[:, 0].shape == x[:, 0].shape for other in others)
         and x.shape[1] + sum(other.shape[1] for other in others) == conv1.in_channels
         and x.shape[2:].numel() > 0
-        and all(is_inference(getattr(block, name), x, temb, *others) for name in _convolutions(block))
+        and all(
+            is_inference(getattr(block, name), x, temb, *others, *_of_norms(block)) for name in _convolutions(block)
+        )
     ):
         return None
     scale_shift = row = None
@@ -164,6 +166,10 @@ def one_call(block: stock.ResnetBlock2D, x: Tensor, skip: Tensor | None, temb: T
 
 def _convolutions(block: stock.ResnetBlock2D) -> tuple[str, ...]:
     return ("conv1", "conv2") if block.conv_shortcut is None else ("conv1", "conv2", "conv_shortcut")
+
+
+def _of_norms(block: stock.ResnetBlock2D) -> tuple[Tensor | None, ...]:
+    return block.norm1.weight, block.norm1.bias, block.norm2.weight, block.norm2.bias
 
 
 def _is_same(conv: nn.Conv2d, kernel: int) -> bool:

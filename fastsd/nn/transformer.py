@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastsd.nn.convolution import convolve, example_convolution, normalise
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
-from fastsd.nn.replacement import Replacement, settings_of
+from fastsd.nn.replacement import Replacement, active_settings
 
 
 def why_stock(transformer: stock.Transformer2DModel) -> str | None:
@@ -25,7 +25,7 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
     """
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if settings_of(self) is None or why_stock(self) is not None:
+        if active_settings(self) is None or why_stock(self) is not None:
             return super()._operate_on_continuous_inputs(hidden_states)
         x = hidden_states.contiguous(memory_format=torch.channels_last)
         if self.use_linear_projection:
@@ -38,7 +38,7 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
-        if settings_of(self) is None or why_stock(self) is not None:
+        if active_settings(self) is None or why_stock(self) is not None:
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )

@@ -7,7 +7,7 @@ from diffusers.models.unets import unet_2d_blocks as stock
 from torch import Tensor, nn
 
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
-from fastsd.nn.replacement import Replacement, settings_of
+from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd.nn.resnet_block import ResnetBlock2D
 
 _FREEU = ("s1", "s2", "b1", "b2")
@@ -16,7 +16,7 @@ _FREEU = ("s1", "s2", "b1", "b2")
 def _runs_stock(block: nn.Module) -> bool:
     """FreeU edits map and skip connection before they meet, and checkpointing calls the block again."""
     return (
-        settings_of(block) is None
+        active_settings(block) is None
         or all(getattr(block, name, None) for name in _FREEU)
         or (torch.is_grad_enabled() and bool(block.gradient_checkpointing))
         or why_stock_everywhere() is not None
@@ -31,15 +31,14 @@ def _join(blocks: nn.ModuleList, index: int, x: Tensor, skip: Tensor, temb: Tens
     return resnet(torch.cat([x, skip], dim=1), temb)
 
 
-def _as_stock(block: nn.Module, x: Tensor) -> Tensor:
+def _as_stock(block: Any, x: Tensor) -> Tensor:
     """The layout that the last up-block of a U-Net gives, behind which stock modules read the map.
 
     On the CPU the replaced modules keep maps channels last, whatever the model's memory format is.
     """
+    weight = getattr(block.resnets[0].conv1, "weight", None)
     is_last = not block.upsamplers
-    if is_last and x.device.type == "cpu" and all(p.is_contiguous() for p in block.parameters()):
-        return x.contiguous()
-    return x
+    return x.contiguous() if is_last and x.device.type == "cpu" and weight is not None and weight.is_contiguous() else x
 
 
 class UpBlock2D(Replacement, stock.UpBlock2D):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastsd.nn.plain import is_method_of
+from fastsd.nn.plain import is_method_of, is_overwritten
 from fastsd.nn.replacement import settings_of
 from fastsd.patching.rule import Rule
 
@@ -79,14 +79,10 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
 
 def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | None:
     if settings_of(module) is None:
-        if not _is_own_forward(stock):
-            return f"{stock.__name__}.forward has been overwritten by {stock.forward.__module__}"
+        for name in rule.replacement_class().overridden:
+            if is_overwritten(stock, name):
+                return f"{stock.__name__}.{name} has been overwritten by {getattr(stock, name).__module__}"
         forward = module.__dict__.get("forward")
         if forward is not None and not is_method_of(forward, module, rule.replacement_class()):
             return f"{stock.__name__} has an instance forward (an offloading hook, or what is left of one)"
     return rule.reject(module)
-
-
-def _is_own_forward(stock: type[nn.Module]) -> bool:
-    owner = next(cls for cls in stock.__mro__ if "forward" in cls.__dict__)
-    return vars(owner)["forward"].__module__ == owner.__module__

@@ -1,10 +1,14 @@
 """What only the CPU backend promises: the choice of an algorithm, any number of threads, real sizes, NaN and Inf."""
 
+import errno
+import mmap
+
 import pytest
 import torch
 
 from fastsd_kernels import conv2d, cpu_runtime
 from fastsd_kernels.conv2d import cpu_costs, cpu_impl, op, packed_weights
+from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import feature_map
 
@@ -225,3 +229,27 @@ class TestBudget:
     def test_negative_bound(self):
         with pytest.raises(ValueError, match="max_bytes: expected a number that is not negative; got -1"):
             packed_weights.WeightBudget(-1)
+
+
+@torch.no_grad()
+def test_a_weight_that_several_convolutions_share():
+    """A copy that one keeps is no choice for another that it cannot serve."""
+    weight, budget = torch.randn(64, 64, 3, 3) / 24, WeightBudget(1 << 30)
+    budget.admit(weight)
+    small, large = torch.randn(1, 64, 32, 32), torch.randn(1, 64, 64, 64)
+    conv2d(small, weight, padding=1)
+    assert packed_weights.kept(weight) is not None
+    y = conv2d(large, weight, stride=2, padding=1)
+    torch.testing.assert_close(y, torch.conv2d(large, weight, stride=2, padding=1), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_system_without_large_pages(monkeypatch):
+    class Pages(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(cpu_impl.mmap, "mmap", Pages)
+    x, weight = torch.randn(1, 64, 32, 32), torch.randn(64, 64, 3, 3) / 24
+    y = conv2d(x, weight, padding=1, algorithm="winograd4")
+    torch.testing.assert_close(y, torch.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -198,6 +200,45 @@ class TestAutoencoder:
             ).sample.square().sum().backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
+
+    def test_checkpointing_of_a_partly_trained_model(self):
+        counts = []
+        for prepare in (lambda model: model, fastsd.patch):
+            model = prepare(build("vae")).train().requires_grad_(False)
+            model.enable_gradient_checkpointing()
+            model.decoder.mid_block.requires_grad_(True)
+            calls = []
+            checkpoint = model.decoder._gradient_checkpointing_func
+            model.decoder._gradient_checkpointing_func = lambda f, *a, to=calls, c=checkpoint: (to.append(f), c(f, *a))[
+                1
+            ]
+            model.decode(torch.randn(1, 4, 6, 5)).sample.sum().backward()
+            counts.append(len(calls))
+        assert counts == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "name"),
+    [
+        (UpBlock2D, "forward", "unet"),
+        (CrossAttnUpBlock2D, "forward", "unet"),
+        (Transformer2DModel, "_operate_on_continuous_inputs", "unet"),
+        (Transformer2DModel, "_get_output_for_continuous_inputs", "unet"),
+        (Decoder, "forward", "vae"),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:fastsd.patch left")
+@torch.no_grad()
+def test_class_level_patches_run(monkeypatch, cls, method, name, when):
+    model, seen, stock = build(name), [], getattr(cls, method)
+    if when == "after":
+        fastsd.patch(model)
+    monkeypatch.setattr(cls, method, lambda self, *args, **kwargs: (seen.append(1), stock(self, *args, **kwargs))[1])
+    if when == "before":
+        fastsd.patch(model)
+    call(model)
+    assert seen
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from torch import nn
 
@@ -59,6 +60,36 @@ def test_patching_measures(monkeypatch):
     monkeypatch.setattr(cpu_speed, "_ratio", lambda: 0.5)
     fastsd.patch(layer())
     assert cpu_speed.is_faster()  # once in a process, so that results do not change
+
+
+def test_measuring_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    ratio = cpu_speed._ratio()
+    assert ratio > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, GEGLU, FeedForward], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_class_level_patches_run(monkeypatch, cls, when):
+    forward, model = cls.forward, layer()
+    if when == "after":
+        fastsd.patch(model)
+    monkeypatch.setattr(cls, "forward", lambda self, x: 3 * forward(self, x))
+    stock = layer()[0](tokens())
+    if when == "before":
+        fastsd.patch(model)
+    torch.testing.assert_close(model[0](tokens()), stock, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_strided_tokens():
+    tokens = torch.randn(24, 7, 2).permute(2, 1, 0)
+    stock = layer()[0](tokens)
+    fast = fastsd.patch(layer())[0](tokens)
+    assert fast.stride() == stock.stride()
+    torch.testing.assert_close(fast, stock, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["net.0", "net.0.proj", "net.1", "net.2"])

@@ -1,5 +1,6 @@
 """The CPU backend: products of matrices in C++ (``csrc/cpu/conv2d.cpp``), or torch's convolution where that wins."""
 
+import contextlib
 import functools
 import math
 import mmap
@@ -122,18 +123,20 @@ def _call(
 
 def _choose(x: Tensor, weight: Tensor, call: cpu_costs.Call) -> str:
     """The fastest algorithm by the model; torch's own where it has instructions that the kernels do not use."""
-    if call.is_empty or x.dtype != torch.float32 or not _is_plain_float32():
+    if call.is_empty or x.dtype != torch.float32 or not is_plain_float32():
         return "direct"
     kept = packed_weights.kept(weight)
     if kept is not None and kept.positions == call.positions:
-        # chosen at an earlier call, for a map of this size
-        return next(algorithm for algorithm, tile in TILES.items() if tile == kept.tile)
+        # chosen at an earlier call, for a map of this size; another module may have the same weight
+        chosen = next(algorithm for algorithm, tile in TILES.items() if tile == kept.tile)
+        if chosen in call.algorithms:
+            return chosen
     budget = packed_weights.budget_of(weight)
     room = 0 if budget is None else budget.room_for(weight, call.positions)
     return cpu_costs.cheapest(call, None if kept is None else kept.tile, room)
 
 
-def _is_plain_float32() -> bool:
+def is_plain_float32() -> bool:
     """Whether neither products of matrices nor convolutions may round float32 to less."""
     mkldnn: Any = torch.backends.mkldnn
     return {mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision} <= {"none", "ieee"}
@@ -195,7 +198,8 @@ def _pages(shape: Sequence[int]) -> Tensor:
     """
     pages = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
