@@ -1,4 +1,4 @@
-"""diffusers' ResnetBlock2D on conv2d and group_norm_silu."""
+"""diffusers' ResnetBlock2D on resnet_block; where a leaf has to be called, on conv2d and group_norm_silu."""
 
 from typing import Any
 
