@@ -21,8 +21,8 @@ from fastsd.cli.table import text_table
 from fastsd_kernels.dispatch import BackendUnavailable, Op, ops
 from fastsd_kernels.testing import ContractViolation, Sample, assert_contract, check_op
 
-# a sample calls the op on this many bytes of distinct arguments, so that no call finds its input in a cache
-COLD_BYTES = 128 << 20
+# a timed run is as many calls as read and write this much, more than any cache holds
+RUN_BYTES = 128 << 20
 MOST_CALLS = 32
 # about 5 ms: time to queue MOST_CALLS calls of a few launches each
 HEAD_START_CYCLES = 8_000_000
@@ -57,6 +57,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", type=arguments.dtype, help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds")
     parser.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument(
+        "--cache",
+        choices=("warm", "cold"),
+        help="warm: a call finds its input in the caches, as far as they hold it, as in a model, where the layer "
+        "before has just written it (default on a CPU); cold: in memory (default on a GPU)",
+    )
     parser.add_argument("--compile", action="store_true", help="also torch.compile; compiles for every case")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
     return parser
@@ -71,19 +77,20 @@ def run(options: argparse.Namespace) -> int:
     names = [name for name in bench.CASES if options.cases in name]
     if not names:
         raise ValueError(f"cases: expected a part of the name of a case; none contains {options.cases!r}")
-    clock = _cold_clock(device)
-    ceiling = copy_ceiling(device, clock)
+    cache = options.cache or ("warm" if device.type == "cpu" else "cold")
+    ceiling = copy_ceiling(device)
     found = Measured()
     with torch.no_grad(), tqdm(names, leave=False, disable=None) as bar:
         for name in bar:
             bar.set_postfix_str(name)
             sample = bench.sample(name, device, dtype)
-            measure(op, bench, sample, clock, options.repeats, options.compile, found)
+            measure(op, bench, sample, cache == "cold", options.repeats, options.compile, found)
             if options.json:  # after every case: a run that is cut off keeps what it has measured
-                result = {"op": op.name, "device": environment.device_name(device), "rows": list(map(vars, found.rows))}
+                header = {"op": op.name, "device": environment.device_name(device), "cache": cache}
+                result = header | {"rows": list(map(vars, found.rows))}
                 harness.write_json(options.json, result)
-    print(f"{op.name}, {arguments.dtype_name(dtype)}, {environment.device_name(device)}")
-    print(f"a copy reads and writes {ceiling / 1e9:.1f} GB/s")
+    print(f"{op.name}, {arguments.dtype_name(dtype)}, {environment.device_name(device)}, caches {cache}")
+    print(f"a copy in memory reads and writes {ceiling / 1e9:.1f} GB/s")
     print(table(found.rows, ceiling))
     for sentence in (*found.unserved, *found.refusals):
         print(f"bench: {sentence}", file=sys.stderr)
@@ -94,7 +101,7 @@ def measure(
     op: Op,
     bench: ModuleType,
     sample: Sample,
-    clock: harness.Clock,
+    cold: bool,
     repeats: int,
     with_compile: bool,
     found: Measured,
@@ -116,11 +123,12 @@ def measure(
             providers[name] = function
 
     traffic = _bytes(sample.kwargs.values()) + _bytes([bench.eager(**sample.kwargs)])
-    copies = [sample.kwargs]
-    while len(copies) < min(MOST_CALLS, math.ceil(COLD_BYTES / traffic)):
-        copies.append(sample.map_tensors(lambda t: t.clone(memory_format=torch.preserve_format)).kwargs)
+    calls = [sample.kwargs] * min(MOST_CALLS, math.ceil(RUN_BYTES / traffic))
+    if cold:
+        calls = [sample.map_tensors(lambda t: t.clone(memory_format=torch.preserve_format)).kwargs for _ in calls]
+    clock = _clock(sample.kwargs["x"].device, cold)
     timings = harness.interleaved(
-        {name: _over(copies, function) for name, function in providers.items()}, clock, repeats
+        {name: _over(calls, function) for name, function in providers.items()}, clock, repeats
     )
     dtype = arguments.dtype_name(sample.kwargs["x"].dtype)
     found.rows += [
@@ -128,7 +136,7 @@ def measure(
             case=sample.name,
             provider=name,
             dtype=dtype,
-            median_s=timing.median / len(copies),
+            median_s=timing.median / len(calls),
             bytes=traffic,
             flops=bench.flops(**sample.kwargs),
             speedup=timings["eager"].median / timing.median,
@@ -137,12 +145,12 @@ def measure(
     ]
 
 
-def copy_ceiling(device: torch.device, clock: harness.Clock) -> float:
-    """Bytes per second, read and written, of the fastest of several copies of COLD_BYTES."""
-    source = torch.zeros(COLD_BYTES, dtype=torch.uint8, device=device)
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes per second, read and written, of the fastest of several copies of RUN_BYTES in memory."""
+    source = torch.zeros(RUN_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = harness.interleaved({"copy": lambda: target.copy_(source)}, clock, repeats=5)["copy"]
-    return 2 * COLD_BYTES / min(timing.seconds)
+    timing = harness.interleaved({"copy": lambda: target.copy_(source)}, _clock(device, True), repeats=5)["copy"]
+    return 2 * RUN_BYTES / min(timing.seconds)
 
 
 def table(rows: list[Row], ceiling: float) -> str:
@@ -202,13 +210,15 @@ def _bytes(values: Any) -> int:
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
-def _cold_clock(device: torch.device) -> harness.Clock:
-    """A clock that first pushes everything out of the caches."""
-    scratch = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
+def _clock(device: torch.device, cold: bool) -> harness.Clock:
+    """A clock; a cold one first pushes everything out of the caches."""
     clock = harness.cuda_clock(device, HEAD_START_CYCLES) if device.type == "cuda" else harness.host_clock()
+    if not cold:
+        return clock
+    scratch = torch.empty(RUN_BYTES, dtype=torch.uint8, device=device)
 
-    def cold(run: harness.Run) -> float:
+    def after_flush(run: harness.Run) -> float:
         scratch.zero_()
         return clock(run)
 
-    return cold
+    return after_flush

@@ -1,35 +1,27 @@
 // The vectorised loops of conv2d, compiled once per instruction set by foreach_isa.h.
 
 #include "silu_kernel.h"
-
-typedef float Vector __attribute__((vector_size(4 * FASTSD_LANES)));
-constexpr int kLanes = FASTSD_LANES;
-
-static inline __attribute__((always_inline)) void read(const float* p, Vector& v) {
-  __builtin_memcpy(&v, p, sizeof v);
-}
-
-static inline __attribute__((always_inline)) void write(float* p, const Vector& v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
+#include "vector_kernel.h"
 
 // N channels of a pixel, from the c-th on; N is a constant, or the loop's set-up would cost more than its body.
 template <int N, bool silu, typename T>
 static inline __attribute__((always_inline)) void activate_channels(const T* __restrict x, float* __restrict y,
-                                                                    Normalisation norm, int64_t c) {
+                                                                    Normalisation norm, int64_t c,
+                                                                    Activation<silu> activate) {
   x += c;
   y += c;
   if (!norm.center) {
-    for (int i = 0; i < N; ++i) y[i] = activate<silu>(load(x + i));
+    for (int i = 0; i < N; ++i) y[i] = activate(load(x + i));
     return;
   }
   const float* __restrict center = norm.center + c, * __restrict scale = norm.scale + c, * __restrict offset = norm.offset + c;
-  for (int i = 0; i < N; ++i) y[i] = activate<silu>((load(x + i) - center[i]) * scale[i] + offset[i]);
+  for (int i = 0; i < N; ++i) y[i] = activate((load(x + i) - center[i]) * scale[i] + offset[i]);
 }
 
 // The pixels of a window, normalised and activated, to[height, width, to_pixel]; zero where the padding is.
 template <bool silu, typename T>
 static void gather(const Channels<T>& from, Normalisation norm, Window window, float* to, int64_t to_pixel) {
+  const Activation<silu> activate;
   for (int64_t i = 0; i < window.height; ++i)
     for (int64_t j = 0; j < window.width; ++j) {
       float* y = to + (i * window.width + j) * to_pixel;
@@ -39,9 +31,9 @@ static void gather(const Channels<T>& from, Normalisation norm, Window window, f
       }
       const T* x = from.data + window.rows[i] * from.per_row + window.columns[j] * from.per_pixel;
       int64_t c = 0;
-      for (; c + 4 * kLanes <= from.count; c += 4 * kLanes) activate_channels<4 * kLanes, silu>(x, y, norm, c);
-      for (; c + kLanes <= from.count; c += kLanes) activate_channels<kLanes, silu>(x, y, norm, c);
-      for (; c < from.count; ++c) activate_channels<1, silu>(x, y, norm, c);
+      for (; c + 4 * kLanes <= from.count; c += 4 * kLanes) activate_channels<4 * kLanes>(x, y, norm, c, activate);
+      for (; c + kLanes <= from.count; c += kLanes) activate_channels<kLanes>(x, y, norm, c, activate);
+      for (; c < from.count; ++c) activate_channels<1>(x, y, norm, c, activate);
     }
 }
 

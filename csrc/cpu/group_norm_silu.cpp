@@ -1,9 +1,9 @@
 // GroupNorm, then SiLU, on the CPU. Formula: kernels/fastsd_kernels/group_norm_silu/reference.py.
 //
 // Channels last: blocks of rows are reduced to per-channel moments in parallel, merged in a fixed order, and the
-// blocks are normalised in parallel. Channels first: a group is one contiguous piece, so one task does all of it
-// while it is in cache. How the work is cut depends on the shape alone, never on the number of threads, so that
-// any number of threads gives the same bits.
+// blocks are normalised in parallel; of a small map, one task does all of a bundle of groups. Channels first: a group
+// is one contiguous piece, so one task does all of it while it is in cache. How the work is cut depends on the shape
+// alone, never on the number of threads, so that any number of threads gives the same bits.
 
 #include "group_norm_silu.h"
 
@@ -32,6 +32,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockBytes = 192 * 1024;      // of a channels-last block; small against a core's L2
 constexpr int64_t kBlockMultiple = 8;            // blocks of a sample: spread evenly over 2, 4 or 8 threads
+constexpr int64_t kBundleBytes = 512 * 1024;     // the most of a bundle of groups; half of a core's L2
+constexpr int64_t kBundleChannels = 128;         // the fewest of a bundle: its rows are read and written piece by piece
+constexpr int64_t kBundleRows = 64;              // of a block of a bundle
 constexpr int64_t kFewestRows = 16;              // of a block, or its own cost outweighs its rows
 constexpr int64_t kFetchElements = 64 * 1024;    // fetching more than this ahead would push the present out
 constexpr int64_t kBlockLength = 8 * 1024;       // elements of a channels-first block; small against L1
@@ -47,6 +50,13 @@ Kernels<T> kernels_for(Isa isa, bool silu) {
     default:
       return baseline::kernels<T>(silu);
   }
+}
+
+// A row of a table [rows, 3, width]; Row: Moments or Affine.
+template <typename Row>
+Row row_of(float* table, int64_t row, int64_t width) {
+  float* p = table + row * 3 * width;
+  return {p, p + width, p + 2 * width};
 }
 
 template <typename T>
@@ -66,32 +76,31 @@ struct Problem {
     return channel_bias ? channel_bias + b * channel_bias_stride + channel : nullptr;
   }
 
-  // What maps the channels [first, first + group_size) of a group with this mean and sum of squared deviations.
-  void map_group(int64_t b, int64_t first, double mean, double squares, Affine affine) const {
-    const float* shift = shift_of(b, first);
-    const float* weights = weight ? weight + b * weight_stride + first : nullptr;
-    const float* biases = bias ? bias + b * bias_stride + first : nullptr;
-    const double rstd = 1 / std::sqrt(squares / double(group_size() * space) + eps);
-    for (int64_t c = 0; c < group_size(); ++c) {
-      const double scale = rstd * (weights ? weights[c] : 1.0f);
-      const double center = mean - (shift ? shift[c] : 0.0f);
-      affine.center[c] = float(center);
-      affine.scale[c] = float(scale);
-      affine.offset[c] = float((biases ? biases[c] : 0.0f) - (center - double(float(center))) * scale);
-    }
+  const float* weights_of(int64_t b, int64_t channel) const {
+    return weight ? weight + b * weight_stride + channel : nullptr;
   }
 
-  // The same from mean and squared deviations of each channel, before the shift.
-  void fold_group(int64_t b, int64_t first, const double* mean, const double* squares, Affine affine) const {
-    const float* shift = shift_of(b, first);
-    double group_mean = 0, group_squares = 0;
-    for (int64_t c = 0; c < group_size(); ++c) group_mean += mean[c] + (shift ? shift[c] : 0.0f);
-    group_mean /= double(group_size());
-    for (int64_t c = 0; c < group_size(); ++c) {
-      const double off = mean[c] + (shift ? shift[c] : 0.0f) - group_mean;
-      group_squares += squares[c] + double(space) * off * off;
+  const float* biases_of(int64_t b, int64_t channel) const { return bias ? bias + b * bias_stride + channel : nullptr; }
+
+  // What maps the channels [first, first + group_size) of a group with this mean and sum of squared deviations.
+  void map_group(int64_t b, int64_t first, double mean, double squares, Affine affine) const {
+    const double rstd = 1 / std::sqrt(squares / double(group_size() * space) + eps);
+    kernels.map_group(group_size(), mean, rstd, shift_of(b, first), weights_of(b, first), biases_of(b, first), affine);
+  }
+
+  // The same for all groups of the channels [first, first + count) of a channels-last map, from the moments of every
+  // block of `rows` positions, before the shift: a table [blocks, 3, width].
+  void fold_blocks(int64_t b, int64_t first, int64_t count, float* moments, int64_t rows, int64_t width,
+                   Affine affine) const {
+    std::vector<double> mean(count), squares(count);
+    kernels.merge_blocks(row_of<Moments>(moments, 0, width), 3 * width, rows, space, count, mean.data(),
+                         squares.data());
+    for (int64_t c = 0; c < count; c += group_size()) {
+      double group_mean, group_squares;
+      kernels.fold_channels(group_size(), space, mean.data() + c, squares.data() + c, shift_of(b, first + c),
+                            &group_mean, &group_squares);
+      map_group(b, first + c, group_mean, group_squares, affine.at(c));
     }
-    map_group(b, first, group_mean, group_squares, affine);
   }
 
   // Positions in a channels-last block.
@@ -101,55 +110,82 @@ struct Problem {
     return std::min(space, std::max(ceil_div(space, wanted), kFewestRows));
   }
 
-  // One row of a table [batch, 3, channels].
-  Affine affine_of(float* table, int64_t b) const {
-    float* p = table + b * 3 * channels;
-    return {p, p + channels, p + 2 * channels};
+  // Of a channels-last map: the parts of channels [first, first + count) that x and skip hold, each as
+  // part(its data from the first of them on, channels to take, channels of its rows, how far behind `first`).
+  template <typename Part>
+  void for_inputs(int64_t position, int64_t first, int64_t count, Part part) const {
+    const int64_t skip_channels = channels - x_channels, from_x = std::clamp<int64_t>(x_channels - first, 0, count);
+    if (from_x) part(x + position * x_channels + first, from_x, x_channels, 0);
+    if (count > from_x)
+      part(skip + position * skip_channels + first + from_x - x_channels, count - from_x, skip_channels, from_x);
   }
 
-  // The statistics of a channels-last map, as the table of what normalises it.
+  // Of rows [position, position + rows) and channels [first, first + count) of a channels-last map.
+  void take_moments(int64_t position, int64_t rows, int64_t first, int64_t count, Moments out) const {
+    for_inputs(position, first, count, [&](const T* from, int64_t n, int64_t stride, int64_t at) {
+      kernels.channel_moments(from, rows, n, stride, out.at(at));
+    });
+  }
+
+  void normalise(int64_t position, int64_t rows, int64_t first, int64_t count, Affine affine) const {
+    T* out = y + position * channels + first;
+    for_inputs(position, first, count, [&](const T* from, int64_t n, int64_t stride, int64_t at) {
+      kernels.normalise_rows(from, out + at, rows, n, stride, channels, affine.at(at));
+    });
+  }
+
+  // Channels of a bundle of groups whose part of a channels-last sample stays in a core's cache; 0 if there is no such.
+  int64_t bundle_channels() const {
+    const int64_t width = ceil_div(groups, kBlockMultiple) * group_size();
+    const bool fits = width * space * int64_t(sizeof(T)) <= kBundleBytes;
+    return fits && groups >= kBlockMultiple && width >= kBundleChannels ? width : 0;
+  }
+
+  // The statistics of a channels-last map, as the table [batch, 3, channels] of what normalises it.
   void fill_affines(float* affines) const {
     const int64_t rows = rows_per_block(), blocks = ceil_div(space, rows);
-    const int64_t stride = 3 * channels, skip_channels = channels - x_channels;
-
-    AlignedFloats moments(batch * blocks * stride);
-    auto moments_of = [&](int64_t task) {
-      float* p = moments.data() + task * stride;
-      return Moments{p, p + channels, p + 2 * channels};
-    };
+    AlignedFloats moments(batch * blocks * 3 * channels);
     parallel_for(0, batch * blocks, ceil_div(kElementsPerTask, rows * channels), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / blocks, first = task % blocks * rows, n = std::min(rows, space - first);
-        const int64_t position = b * space + first;
-        kernels.channel_moments(x + position * x_channels, n, x_channels, moments_of(task));
-        if (skip_channels)
-          kernels.channel_moments(skip + position * skip_channels, n, skip_channels, moments_of(task).at(x_channels));
+        take_moments(b * space + first, n, 0, channels, row_of<Moments>(moments.data(), task, channels));
       }
     });
-
     parallel_for(0, batch, ceil_div(kElementsPerTask, blocks * channels), [&](int64_t begin, int64_t end) {
-      std::vector<double> mean(channels), squares(channels);
-      for (int64_t b = begin; b < end; ++b) {
-        kernels.merge_blocks(moments_of(b * blocks), stride, rows, space, channels, mean.data(), squares.data());
-        for (int64_t c = 0; c < channels; c += group_size())
-          fold_group(b, c, mean.data() + c, squares.data() + c, affine_of(affines, b).at(c));
+      for (int64_t b = begin; b < end; ++b)
+        fold_blocks(b, 0, channels, moments.data() + b * blocks * 3 * channels, rows, channels,
+                    row_of<Affine>(affines, b, channels));
+    });
+  }
+
+  // A task takes the statistics of a bundle of groups and normalises it while it is in cache.
+  void run_bundles(int64_t width) const {
+    const int64_t bundles = ceil_div(channels, width), blocks = ceil_div(space, kBundleRows);
+    parallel_for(0, batch * bundles, ceil_div(kElementsPerTask, width * space), [&](int64_t begin, int64_t end) {
+      AlignedFloats moments(blocks * 3 * width), affines(3 * width);
+      const Affine affine = row_of<Affine>(affines.data(), 0, width);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / bundles, first = task % bundles * width, count = std::min(width, channels - first);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t row = block * kBundleRows, n = std::min(kBundleRows, space - row);
+          take_moments(b * space + row, n, first, count, row_of<Moments>(moments.data(), block, width));
+        }
+        fold_blocks(b, first, count, moments.data(), kBundleRows, width, affine);
+        normalise(b * space, space, first, count, affine);
       }
     });
   }
 
   void run_channels_last() const {
-    const int64_t rows = rows_per_block(), skip_channels = channels - x_channels;
+    if (const int64_t width = bundle_channels()) return run_bundles(width);
+    const int64_t rows = rows_per_block();
     AlignedFloats affines(batch * 3 * channels);
     fill_affines(affines.data());
     parallel_for(0, batch * space, ceil_div(kElementsPerTask, channels), [&](int64_t begin, int64_t end) {
       // from the end, where the statistics left off: what they read last is still in cache
       for (int64_t stop = end; stop > begin;) {
-        const int64_t b = (stop - 1) / space, position = std::max({begin, b * space, stop - rows}), n = stop - position;
-        T* out = y + position * channels;
-        kernels.normalise_rows(x + position * x_channels, out, n, x_channels, channels, affine_of(affines.data(), b));
-        if (skip_channels)
-          kernels.normalise_rows(skip + position * skip_channels, out + x_channels, n, skip_channels, channels,
-                                 affine_of(affines.data(), b).at(x_channels));
+        const int64_t b = (stop - 1) / space, position = std::max({begin, b * space, stop - rows});
+        normalise(position, stop - position, 0, channels, row_of<Affine>(affines.data(), b, channels));
         stop = position;
       }
     });

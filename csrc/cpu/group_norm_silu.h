@@ -29,13 +29,19 @@ struct Affine {
 template <typename T>
 struct Kernels {
   // channels last
-  void (*channel_moments)(const T* x, int64_t rows, int64_t channels, Moments out);
+  void (*channel_moments)(const T* x, int64_t rows, int64_t channels, int64_t stride, Moments out);
   void (*merge_blocks)(Moments blocks, int64_t stride, int64_t rows, int64_t total, int64_t channels, double* mean,
                        double* squares);
-  void (*normalise_rows)(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine);
+  void (*normalise_rows)(const T* x, T* y, int64_t rows, int64_t channels, int64_t x_stride, int64_t y_stride,
+                         Affine affine);
+  void (*fold_channels)(int64_t channels, int64_t count, const double* mean, const double* squares, const float* shift,
+                        double* group_mean, double* group_squares);
   // channels first
   void (*plane_moments)(const T* x, int64_t count, int64_t n, const float* shift, double* mean, double* squares);
   void (*normalise_planes)(const T* x, T* y, int64_t count, int64_t n, Affine affine, const T* next);
+  // either
+  void (*map_group)(int64_t channels, double mean, double rstd, const float* shift, const float* weight,
+                    const float* bias, Affine out);
 };
 
 }  // namespace fastsd

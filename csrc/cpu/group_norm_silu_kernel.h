@@ -1,42 +1,74 @@
 // The vectorised loops of group_norm_silu, compiled once per instruction set by foreach_isa.h.
 
 #include "silu_kernel.h"
+#include "vector_kernel.h"
 
 // Moments are taken in one pass, relative to a pivot: the mean of the first eighth of a block. Then the sum of squared
 // deviations from the pivot is at most 9 times that from the mean, whatever the data, so little can cancel between the
 // two; for data that is alike throughout next to nothing does.
 
-// W neighbouring channels of a channels-last block: values [rows, stride], moments over the rows.
-template <int W, typename T>
-static inline void moments_of_columns(const T* x, int64_t rows, int64_t stride, Moments out) {
-  const int64_t lead = rows < 8 ? rows : rows < 32 ? 4 : rows / 8;
-  float pivot[W] = {}, drift[W] = {}, spread[W] = {};
-  for (int64_t r = 0; r < lead; ++r)
-    for (int j = 0; j < W; ++j) pivot[j] += load(x + r * stride + j);
-  for (int j = 0; j < W; ++j) pivot[j] *= 1.0f / float(lead);
+// A channels-last block is read in bands of so many rows: enough to take the accumulators up seldom, and few enough
+// that the hardware fetches each row ahead as a stream of its own.
+constexpr int64_t kBand = 8;
+
+// Neighbouring channels of a band, as many as V holds.
+static inline float* at(float* sums, int64_t channel) {
+  return sums + channel;
+}
+
+static inline Moments at(Moments sums, int64_t channel) {
+  return sums.at(channel);
+}
+
+template <typename V, typename T>
+static inline __attribute__((always_inline)) void add_band(const T* x, int64_t rows, int64_t stride, float* sum) {
+  V total, value;
+  read(sum, total);
   for (int64_t r = 0; r < rows; ++r) {
-    // the hardware loses a stream whose lines lie a row apart
-    for (int j = 0; j < W; j += 64 / int(sizeof(T))) __builtin_prefetch(x + (r + 16) * stride + j);
-    for (int j = 0; j < W; ++j) {
-      float d = load(x + r * stride + j) - pivot[j];
-      drift[j] += d;
-      spread[j] += d * d;
-    }
+    read(x + r * stride, value);
+    total += value;
   }
-  for (int j = 0; j < W; ++j) {
-    out.pivot[j] = pivot[j];
-    out.drift[j] = drift[j];
-    out.spread[j] = spread[j];
+  write(sum, total);
+}
+
+template <typename V, typename T>
+static inline __attribute__((always_inline)) void add_band(const T* x, int64_t rows, int64_t stride, Moments sums) {
+  V pivot, drift, spread, value;
+  read(sums.pivot, pivot);
+  read(sums.drift, drift);
+  read(sums.spread, spread);
+  for (int64_t r = 0; r < rows; ++r) {
+    read(x + r * stride, value);
+    value -= pivot;
+    drift += value;
+    spread += value * value;
+  }
+  write(sums.drift, drift);
+  write(sums.spread, spread);
+}
+
+// Rows [rows, channels], `stride` apart, band by band into sums of each channel; Sums: float*, or Moments.
+template <typename T, typename Sums>
+static inline __attribute__((always_inline)) void add_rows(const T* x, int64_t rows, int64_t channels, int64_t stride,
+                                                           Sums sums) {
+  for (int64_t r = 0; r < rows; r += kBand, x += kBand * stride) {
+    int64_t c = 0;
+    if (rows - r >= kBand)
+      for (; c + kLanes <= channels; c += kLanes) add_band<Vector>(x + c, kBand, stride, at(sums, c));
+    const int64_t n = rows - r < kBand ? rows - r : kBand;
+    for (; c + kLanes <= channels; c += kLanes) add_band<Vector>(x + c, n, stride, at(sums, c));
+    for (; c < channels; ++c) add_band<float>(x + c, n, stride, at(sums, c));
   }
 }
 
-// A channels-last block [rows, channels]: the moments of each channel.
+// A channels-last block [rows, channels], rows `stride` apart: the moments of each channel.
 template <typename T>
-static void channel_moments(const T* x, int64_t rows, int64_t channels, Moments out) {
-  int64_t c = 0;
-  for (; c + 64 <= channels; c += 64) moments_of_columns<64>(x + c, rows, channels, out.at(c));
-  for (; c + 16 <= channels; c += 16) moments_of_columns<16>(x + c, rows, channels, out.at(c));
-  for (; c < channels; ++c) moments_of_columns<1>(x + c, rows, channels, out.at(c));
+static void channel_moments(const T* x, int64_t rows, int64_t channels, int64_t stride, Moments out) {
+  const int64_t lead = rows < 8 ? rows : rows < 32 ? 4 : rows / 8;
+  for (int64_t c = 0; c < channels; ++c) out.pivot[c] = out.drift[c] = out.spread[c] = 0.0f;
+  add_rows(x, lead, channels, stride, out.pivot);
+  for (int64_t c = 0; c < channels; ++c) out.pivot[c] *= 1.0f / float(lead);
+  add_rows(x, rows, channels, stride, out);
 }
 
 // Sums over a run of one channel's elements, each less the center, in W interleaved lanes: of them and their squares.
@@ -56,8 +88,8 @@ static inline void add_run(const T* x, int64_t n, float center, float* sum, floa
   }
 }
 
-template <int W>
-static inline double sum_of_lanes(const float* lanes) {
+template <int W, typename F>
+static inline double sum_of_lanes(const F* lanes) {
   double sum = 0;
   for (int j = 0; j < W; ++j) sum += lanes[j];
   return sum;
@@ -120,6 +152,47 @@ static void merge_blocks(Moments blocks, int64_t stride, int64_t rows, int64_t t
   for (; c < channels; ++c) merge_columns<1>(blocks.at(c), stride, rows, total, mean + c, squares + c);
 }
 
+// Of the channels of a group, each of `count` values with this mean and sum of squared deviations, shift[c] added to
+// each: mean and sum of squared deviations over all of them.
+static void fold_channels(int64_t channels, int64_t count, const double* mean, const double* squares,
+                          const float* shift, double* group_mean, double* group_squares) {
+  constexpr int W = 8;
+  double first[W] = {}, second[W] = {};
+  auto shifted = [&](int64_t c) { return mean[c] + (shift ? shift[c] : 0.0f); };
+  int64_t c = 0;
+  for (; c + W <= channels; c += W)
+    for (int j = 0; j < W; ++j) first[j] += shifted(c + j);
+  for (int j = 0; c < channels; ++c, ++j) first[j] += shifted(c);
+  const double center = sum_of_lanes<W>(first) / double(channels);
+  auto deviation = [&](int64_t c) {
+    const double off = shifted(c) - center;
+    return squares[c] + double(count) * off * off;
+  };
+  c = 0;
+  for (; c + W <= channels; c += W)
+    for (int j = 0; j < W; ++j) second[j] += deviation(c + j);
+  for (int j = 0; c < channels; ++c, ++j) second[j] += deviation(c);
+  *group_mean = center;
+  *group_squares = sum_of_lanes<W>(second);
+}
+
+// What normalises the channels of a group with this mean and 1 / deviation, shift[c] added to each; shift, weight and
+// bias may be null.
+static void map_group(int64_t channels, double mean, double rstd, const float* shift, const float* weight,
+                      const float* bias, Affine out) {
+  float* __restrict centers = out.center;
+  float* __restrict scales = out.scale;
+  float* __restrict offsets = out.offset;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double scale = rstd * (weight ? weight[c] : 1.0f);
+    const double center = mean - (shift ? shift[c] : 0.0f);
+    const float rounded = float(center);
+    centers[c] = rounded;
+    scales[c] = float(scale);
+    offsets[c] = float((bias ? bias[c] : 0.0f) - (center - double(rounded)) * scale);
+  }
+}
+
 template <typename T>
 static inline void prefetch_run(const T* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
@@ -127,48 +200,59 @@ static inline void prefetch_run(const T* x, int64_t n) {
 
 template <bool silu, typename T>
 static inline void normalise_columns(const T* __restrict x, T* __restrict y, int64_t n, const float* __restrict center,
-                                     const float* __restrict scale, const float* __restrict offset) {
-  for (int64_t c = 0; c < n; ++c) store(y + c, activate<silu>((load(x + c) - center[c]) * scale[c] + offset[c]));
+                                     const float* __restrict scale, const float* __restrict offset,
+                                     Activation<silu> activate) {
+  for (int64_t c = 0; c < n; ++c) store(y + c, activate((load(x + c) - center[c]) * scale[c] + offset[c]));
 }
 
-// A channels-last block x [rows, channels] into y [rows, y_stride]. Both are fetched ahead, y to be written: otherwise
-// the arithmetic and the memory wait for each other.
+// How far ahead of a channels-last row to fetch: 4 KiB where the rows lie one behind the other, else some rows.
+template <typename T>
+static inline int64_t fetch_ahead(int64_t channels, int64_t stride) {
+  return channels == stride ? 4096 / int64_t(sizeof(T)) : 4 * stride;
+}
+
+// A channels-last block x [rows, channels] into y, rows x_stride and y_stride apart. Both are fetched ahead, y to be
+// written: otherwise the arithmetic and the memory wait for each other.
 template <bool silu, typename T>
-static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t y_stride, Affine affine) {
-  const int64_t strip = 256, ahead = 4096 / int64_t(sizeof(T));  // 4 KiB, 64 cache lines
+static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t x_stride, int64_t y_stride,
+                           Affine affine) {
+  const int64_t strip = 256, x_ahead = fetch_ahead<T>(channels, x_stride), y_ahead = fetch_ahead<T>(channels, y_stride);
+  const Activation<silu> activate;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += strip) {
       const int64_t n = channels - c < strip ? channels - c : strip;
-      const T* in = x + r * channels + c;
+      const T* in = x + r * x_stride + c;
       T* out = y + r * y_stride + c;
       for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) {
-        __builtin_prefetch(in + ahead + i);
-        __builtin_prefetch(out + ahead + i, 1);
+        __builtin_prefetch(in + x_ahead + i);
+        __builtin_prefetch(out + y_ahead + i, 1);
       }
-      normalise_columns<silu>(in, out, n, affine.center + c, affine.scale + c, affine.offset + c);
+      normalise_columns(in, out, n, affine.center + c, affine.scale + c, affine.offset + c, activate);
     }
 }
 
 template <bool silu, typename T>
 static inline void normalise_run(const T* __restrict x, T* __restrict y, int64_t n, float center, float scale,
-                                 float offset) {
-  for (int64_t i = 0; i < n; ++i) store(y + i, activate<silu>((load(x + i) - center) * scale + offset));
+                                 float offset, Activation<silu> activate) {
+  for (int64_t i = 0; i < n; ++i) store(y + i, activate((load(x + i) - center) * scale + offset));
 }
 
 // Channels-first planes [count, n]; meanwhile as many at `next` are fetched, unless it is null.
 template <bool silu, typename T>
 static void normalise_planes(const T* x, T* y, int64_t count, int64_t n, Affine affine, const T* next) {
   const int64_t strip = 512;
+  const Activation<silu> activate;
   for (int64_t c = 0; c < count; ++c)
     for (int64_t i = 0; i < n; i += strip) {
       const int64_t at = c * n + i, length = n - i < strip ? n - i : strip;
       if (next) prefetch_run(next + at, length);
-      normalise_run<silu>(x + at, y + at, length, affine.center[c], affine.scale[c], affine.offset[c]);
+      normalise_run(x + at, y + at, length, affine.center[c], affine.scale[c], affine.offset[c], activate);
     }
 }
 
 template <typename T>
 static Kernels<T> kernels(bool silu) {
-  return {channel_moments<T>, merge_blocks, silu ? normalise_rows<true, T> : normalise_rows<false, T>, plane_moments<T>,
-          silu ? normalise_planes<true, T> : normalise_planes<false, T>};
+  return {channel_moments<T>, merge_blocks,     silu ? normalise_rows<true, T> : normalise_rows<false, T>,
+          fold_channels,      plane_moments<T>, silu ? normalise_planes<true, T> : normalise_planes<false, T>,
+          map_group};
 }

@@ -1,36 +1,57 @@
 // SiLU for the vectorised kernels, which include this file inside their namespace.
 
-// u * sigmoid(u) by e = exp(-|u|), so that nothing overflows: u / (1 + e) for u >= 0, else u * e / (1 + e).
-//
-// e = 2^n * p(r) with n + r = -|u| / ln2, |r| <= 1/2, and p within 1e-7 of 2^r; it is 0 below 2^-126. A NaN gives
-// some number for e, and the product with u restores it. The clamp compares bit patterns, which order as magnitudes
-// do: the compiler makes one instruction of an integer minimum, and a branch, for NaN's sake, of a float's.
-template <bool silu>
-static inline float activate(float u) {
-  if (!silu) return u;
-  int32_t magnitude;
-  __builtin_memcpy(&magnitude, &u, sizeof magnitude);
-  magnitude &= 0x7fffffff;
-  const int32_t limit = 0x42b00000;  // 88.0f
-  magnitude = magnitude < limit ? magnitude : limit;
-  float a;
-  __builtin_memcpy(&a, &magnitude, sizeof a);
-
-  const float minus_log2_e = -1.44269504f;
-  const float to_exponent = 12582912.0f + 127.0f;  // 1.5 * 2^23: the sum's last bits are n + 127, the exponent of 2^n
-  float shifted = a * minus_log2_e + to_exponent;
-  float n = shifted - to_exponent;
-  float r = a * minus_log2_e - n;
-  float p = 1.326472731e-3f;
-  p = p * r + 9.671512991e-3f;
-  p = p * r + 5.550733581e-2f;
-  p = p * r + 2.402224243e-1f;
-  p = p * r + 6.931470037e-1f;
-  p = p * r + 1.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 23;
-  float power;
-  __builtin_memcpy(&power, &bits, sizeof power);
-  return u * (u < 0.0f ? p * power : 1.0f) / (p * power + 1.0f);
+// A constant that the compiler must keep in a register: otherwise each use of it in a loop is one more load, and a loop
+// that reads four tables already is bound by its loads.
+template <typename T>
+static inline T in_register(T value) {
+  asm("" : "+r"(value));
+  return value;
 }
+
+// What follows the normalisation; make one outside the loop.
+//
+// SiLU is u / (1 + e) with e = exp(-u) = 2^n * p(r), n + r = -u / ln2, |r| <= 1/2, and p within 1e-7 of 2^r. The
+// exponent is clamped to where e is 0 for a large u and infinite for a small one, so that the result is u and -0 there.
+// A NaN gives some number for e, and the quotient restores it. The clamps compare bit patterns: as integers the
+// non-negative floats are ordered as they are, and so are, unsigned, the negative ones by magnitude. The compiler makes
+// one instruction of an integer minimum, and a branch, for NaN's sake, of a float's.
+template <bool silu>
+class Activation {
+ public:
+  float operator()(float u) const {
+    if (!silu) return u;
+    int32_t bits;
+    __builtin_memcpy(&bits, &u, sizeof bits);
+    bits = bits < highest ? bits : highest;
+    uint32_t magnitude = uint32_t(bits);
+    magnitude = magnitude < lowest ? magnitude : lowest;
+    float a;
+    __builtin_memcpy(&a, &magnitude, sizeof a);
+
+    const float shifted = a * minus_log2_e + to_exponent;
+    const float n = shifted - to_exponent;
+    const float r = a * minus_log2_e - n;
+    float p = p5;
+    p = p * r + p4;
+    p = p * r + p3;
+    p = p * r + p2;
+    p = p * r + p1;
+    p = p * r + one;
+    uint32_t exponent;
+    __builtin_memcpy(&exponent, &shifted, sizeof exponent);
+    exponent <<= 23;
+    float power;
+    __builtin_memcpy(&power, &exponent, sizeof power);
+    return u / (p * power + one);
+  }
+
+ private:
+  const float minus_log2_e = in_register(-1.44269504f);
+  // 1.5 * 2^23 and more: the sum's last bits are n + 127, the exponent of 2^n
+  const float to_exponent = in_register(12582912.0f + 127.0f);
+  const float one = in_register(1.0f);
+  const float p1 = in_register(6.931470037e-1f), p2 = in_register(2.402224243e-1f), p3 = in_register(5.550733581e-2f),
+              p4 = in_register(9.671512991e-3f), p5 = in_register(1.326472731e-3f);
+  const int32_t highest = in_register(0x42b00000);   // 88.0f, where n is -127
+  const uint32_t lowest = in_register(0xc2b20000u);  // -89.0f, where n is 128
+};

@@ -8,6 +8,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_kind(x: Tensor, **others: Tensor | None) -> None:
     """Every tensor has a floating-point dtype, and ``x``'s device."""
+    device = x.device
     for name, tensor in (("x", x), *others.items()):
         if tensor is None:
             continue
@@ -15,8 +16,8 @@ def check_kind(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(
                 f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
             )
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}; got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected x's device {device}; got {tensor.device}")
 
 
 def check_dtype(x: Tensor, **others: Tensor | None) -> None:

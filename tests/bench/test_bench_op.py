@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.kernels import bench_group_norm_silu
+from bench.op import MOST_CALLS
 from fastsd_kernels.dispatch import ops
 from fastsd_kernels.group_norm_silu import cpu_impl, reference
 from fastsd_kernels.testing import assert_contract
@@ -22,8 +24,8 @@ def test_result_file(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert bench("--cases", CASE, "--json", str(path)) == 0
     result = json.loads(path.read_text())
-    assert list(result) == ["op", "device", "rows"]
-    assert result["op"] == "group_norm_silu"
+    assert list(result) == ["op", "device", "cache", "rows"]
+    assert (result["op"], result["cache"]) == ("group_norm_silu", "warm")
     eager, fast = result["rows"]
     assert list(eager) == ["case", "provider", "dtype", "median_s", "bytes", "flops", "speedup"]
     assert (eager["provider"], fast["provider"]) == ("eager", "fastsd")
@@ -33,6 +35,21 @@ def test_result_file(tmp_path, capsys):
     assert fast["bytes"] == 4 * (2 * 1280 * 64 + 2 * 1280)
     assert fast["flops"] == 12 * 1280 * 64
     assert "GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache", ["warm", "cold"])
+def test_cold_calls_have_arguments_of_their_own(cache, tmp_path, monkeypatch):
+    seen = set()
+    function = bench_group_norm_silu.eager
+    monkeypatch.setattr(
+        bench_group_norm_silu,
+        "eager",
+        lambda x, *rest, **kwargs: seen.add(x.data_ptr()) or function(x, *rest, **kwargs),
+    )
+    path = tmp_path / "result.json"
+    assert bench("--cases", CASE, "--cache", cache, "--json", str(path)) == 0
+    assert json.loads(path.read_text())["cache"] == cache
+    assert len(seen) == (1 if cache == "warm" else 1 + MOST_CALLS)  # the sample itself, and its copies
 
 
 def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch):

@@ -10,15 +10,18 @@ from fastsd_kernels import cpu_runtime, group_norm_silu
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.group_norm_silu import op
 from fastsd_kernels.testing import feature_map
+from fastsd_kernels.testing.inputs import random_tensor
 
 LAYOUTS = ("contiguous", "channels_last")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads_do_not_change_a_bit(layout, dtype):
-    x = feature_map((3, 96, 40, 33), layout, device="cpu", dtype=dtype)
-    skip = feature_map((3, 64, 40, 33), layout, device="cpu", dtype=dtype, seed=1)
+@pytest.mark.parametrize("size", [(3, 96, 40, 33), (3, 1216, 9, 9)], ids=str)
+def test_threads_do_not_change_a_bit(layout, dtype, size):
+    x = feature_map(size, layout, device="cpu", dtype=dtype)
+    skip = feature_map((size[0], 64, *size[2:]), layout, device="cpu", dtype=dtype, seed=1)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -37,6 +40,32 @@ def test_real_sizes(layout, size):
     x = feature_map(size, layout, device="cpu", dtype=torch.float32)
     exact = group_norm_silu(x.double(), 32, backend="reference")
     assert (group_norm_silu(x, 32, backend="cpu") - exact).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("skip_channels", [0, 300, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bundles_of_groups(skip_channels, dtype):
+    """A small channels-last map, cut by groups: 9 of them, two to a bundle, which may lie across x and skip."""
+    like = {"device": "cpu", "dtype": dtype}
+    x = feature_map((2, 1152 - skip_channels, 9, 8), "channels_last", **like)
+    skip = feature_map((2, skip_channels, 9, 8), "channels_last", **like, seed=1) if skip_channels else None
+    weight, bias = (random_tensor((1152,), **like, seed=seed) for seed in (2, 3))
+    shift = random_tensor((2, 1152), **like, seed=4)
+    given = {"x": x, "weight": weight, "bias": bias, "channel_bias": shift, "skip": skip}
+    doubles = {name: None if value is None else value.double() for name, value in given.items()}
+    exact = group_norm_silu(**doubles, num_groups=9, backend="reference")
+    tolerance = 4e-6 if dtype is torch.float32 else 4e-3
+    assert (group_norm_silu(**given, num_groups=9, backend="cpu") - exact).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [80.0, 87.5, 88.3, 88.7, 89.0, 100.0, 1e10, 1e38])
+def test_silu_far_from_zero(layout, size):
+    """A group of -1 and 1, times a weight: for a large u, SiLU is u; for a small one, next to nothing."""
+    x = torch.tensor([-1.0, 1.0]).repeat(16).reshape(1, 2, 4, 4).to(memory_format=FORMATS[layout])
+    y = group_norm_silu(x, 1, torch.full((2,), size), eps=0.0, backend="cpu")
+    torch.testing.assert_close(y[x > 0], torch.full((16,), size))
+    assert y[x < 0].abs().max() <= 2e-33  # 80 exp(-80)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
