@@ -29,7 +29,6 @@
 namespace fastsd {
 namespace {
 
-using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockBytes = 12 * 1024 * 1024;             // of a block's matrices: what stays in a last-level cache
@@ -123,12 +122,12 @@ struct Convolution {
     float* panel = kept.at_least(panels * per_panel + bias_rows() * columns);
     float* biases = panel + panels * per_panel;
     fill_biases(biases, columns);
-    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    share_out(panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
         kernels.pack_panel(weights + p * per_panel, of_panel(p), per_panel / kPanel, per_panel / kPanel,
                            panel + p * per_panel);
     });
-    parallel_for(0, ceil_div(all.count, per_task), 1, [&](int64_t begin, int64_t end) {
+    share_out(ceil_div(all.count, per_task), 1, [&](int64_t begin, int64_t end) {
       static thread_local AlignedFloats matrix;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * per_task, count = std::min(per_task, all.count - first), rows = count * all.width;
@@ -172,7 +171,7 @@ struct Convolution {
     const int64_t chunks = ceil_div(channels, kChunk);
     for (int64_t first = 0; first < strips; first += strips_per_block) {
       const int64_t count = std::min(strips_per_block, strips - first);
-      parallel_for(0, count * chunks, 1, [&](int64_t begin, int64_t end) {
+      share_out(count * chunks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t s = task / chunks, c = task % chunks * kChunk;
           float* to = inputs + s * strip * depth;
@@ -183,7 +182,7 @@ struct Convolution {
         }
       });
       const int64_t rows = count * strip;
-      parallel_for(0, frequencies * panels, 1, [&](int64_t begin, int64_t end) {
+      share_out(frequencies * panels, 1, [&](int64_t begin, int64_t end) {
         static thread_local AlignedFloats scratch;
         for (int64_t task = begin; task < end; ++task) {
           const int64_t f = task / panels, p = task % panels, per_panel = taps * channels * kPanel;
@@ -195,7 +194,7 @@ struct Convolution {
             kernels.multiply(inputs + f * per_input, rows, channels, depth, packed + task * per_panel, to, columns);
         }
       });
-      parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      share_out(rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile)
           write_tile(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, biases, columns);
       });

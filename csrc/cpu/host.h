@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -18,6 +21,24 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 
 inline int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
+}
+
+// Calls work(begin, end) for pieces of [0, count), each done by whatever thread is free first: pieces of half of what
+// is a thread's share of the rest, and at least `grain`. Equal shares would make all wait for a core that something
+// else keeps busy. Which thread does what must not matter for the result.
+template <typename Work>
+void share_out(int64_t count, int64_t grain, const Work& work) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(count, grain));
+  if (threads <= 1) return work(0, count);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next; begin < count;) {
+      const int64_t end = std::min(count, begin + std::max(grain, (count - begin) / (2 * threads)));
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      work(begin, end);
+      begin = next;
+    }
+  });
 }
 
 // Uninitialised floats on a cache line of their own, where full-width loads never straddle two.

@@ -21,7 +21,6 @@
 namespace fastsd {
 namespace {
 
-using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 // G of Lavin and Gray, 2015: a tile's N frequencies from the R weights of a side of the kernel.
@@ -45,7 +44,7 @@ void pack(const WeightMatrix<N, R>& matrix, const Tensor& weight, float* packed)
   const int64_t per_out = weight.stride(0), per_in = weight.stride(1), per_row = weight.stride(2),
                 per_column = weight.stride(3);
   const auto& g = matrix.g;
-  parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
+  share_out(panels * channels, 16, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task / channels, c = task % channels, here = std::min(kPanel, out_channels - p * kPanel);
       double w[R][R][kPanel] = {}, half[N][R][kPanel];
@@ -97,7 +96,7 @@ int64_t digest(Tensor weight, int64_t isa) {
   const auto digest_of = which == Isa::avx512 ? avx512::digest_of
                          : which == Isa::avx2 ? avx2::digest_of
                                               : baseline::digest_of;
-  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  share_out(chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) of_chunk[k] = digest_of(data + k * chunk, std::min(chunk, n - k * chunk));
   });
   uint64_t all = uint64_t(n);
