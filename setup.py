@@ -52,7 +52,7 @@ setup(
         "fastsd_kernels.cuda_sources": "csrc/cuda",
     },
     package_data={
-        "fastsd_kernels": ["*.json", "py.typed"],
+        "fastsd_kernels": ["*.json", "conv2d/*.json", "py.typed"],
         "fastsd_kernels.cuda_sources": ["*.cu", "*.cuh"],
         "fastsd": ["py.typed"],
     },

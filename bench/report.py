@@ -104,6 +104,7 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
         doctor,
         _op("group_norm_silu", "float32", 90),
         _unet("sd15", "float16", 2, "eager,compile-max,fastsd", 400, repeats=20, suffix="-compile-max"),
+        Step("tune-float16", ("bench", "tune", "--models", "sd15", "--repeats", "10"), 240, "tune-float16.json"),
         _op("group_norm_silu", "bfloat16", 90),
         _unet("sd15", "float32", 1, f"{stock},{fast}", 90),
     )

@@ -27,6 +27,7 @@
 namespace fastsd {
 namespace {
 
+using torch::stable::parallel_for;  // equal shares: the same thread finds in its cache what it left there
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockBytes = 192 * 1024;      // of a channels-last block; small against a core's L2
@@ -144,13 +145,13 @@ struct Problem {
   void fill_affines(float* affines) const {
     const int64_t rows = rows_per_block(), blocks = ceil_div(space, rows);
     AlignedFloats moments(batch * blocks * 3 * channels);
-    share_out(batch * blocks, ceil_div(kElementsPerTask, rows * channels), [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch * blocks, ceil_div(kElementsPerTask, rows * channels), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / blocks, first = task % blocks * rows, n = std::min(rows, space - first);
         take_moments(b * space + first, n, 0, channels, row_of<Moments>(moments.data(), task, channels));
       }
     });
-    share_out(batch, ceil_div(kElementsPerTask, blocks * channels), [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch, ceil_div(kElementsPerTask, blocks * channels), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
         fold_blocks(b, 0, channels, moments.data() + b * blocks * 3 * channels, rows, channels,
                     row_of<Affine>(affines, b, channels));
@@ -160,7 +161,7 @@ struct Problem {
   // A task takes the statistics of a bundle of groups and normalises it while it is in cache.
   void run_bundles(int64_t width) const {
     const int64_t bundles = ceil_div(channels, width), blocks = ceil_div(space, kBundleRows);
-    share_out(batch * bundles, ceil_div(kElementsPerTask, width * space), [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch * bundles, ceil_div(kElementsPerTask, width * space), [&](int64_t begin, int64_t end) {
       AlignedFloats moments(blocks * 3 * width), affines(3 * width);
       const Affine affine = row_of<Affine>(affines.data(), 0, width);
       for (int64_t task = begin; task < end; ++task) {
@@ -180,7 +181,7 @@ struct Problem {
     const int64_t rows = rows_per_block();
     AlignedFloats affines(batch * 3 * channels);
     fill_affines(affines.data());
-    share_out(batch * space, ceil_div(kElementsPerTask, channels), [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch * space, ceil_div(kElementsPerTask, channels), [&](int64_t begin, int64_t end) {
       // from the end, where the statistics left off: what they read last is still in cache
       for (int64_t stop = end; stop > begin;) {
         const int64_t b = (stop - 1) / space, position = std::max({begin, b * space, stop - rows});
@@ -221,7 +222,7 @@ struct Problem {
   }
 
   void run_channels_first() const {
-    share_out(batch * groups, ceil_div(kElementsPerTask, group_size() * space), [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch * groups, ceil_div(kElementsPerTask, group_size() * space), [&](int64_t begin, int64_t end) {
       AlignedFloats affines(3 * group_size());
       const Affine affine{affines.data(), affines.data() + group_size(), affines.data() + 2 * group_size()};
       for (int64_t task = begin; task < end; ++task) {

@@ -27,7 +27,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from types import ModuleType
@@ -98,6 +98,8 @@ class Op:
         fake: the result's shape, dtype and strides; takes the arguments without ``backend``.
         setup_context, backward: the gradient, as for :func:`torch.library.register_autograd`; ``backward``
             returns one gradient for each argument, ``backend`` excluded.
+        prefer: the backend that was measured to be the fastest on a CUDA device for these arguments, or ``None``; takes
+            the arguments without ``backend``. Without it, and elsewhere, the order of the device decides.
         autocast: device type to dtype: what floating-point arguments are cast to under ``torch.autocast``, ``None``
             for the dtype that is in force there. A device type that is missing runs on the arguments as they are.
     """
@@ -112,9 +114,11 @@ class Op:
         setup_context: Callable[..., None],
         backward: Callable[..., tuple[Any, ...]],
         autocast: dict[str, torch.dtype | None],
+        prefer: Callable[..., str | None] | None = None,
     ) -> None:
         self.name = name
         self.check = check
+        self.prefer = prefer
         self.backends = {backend: Backend(name, backend) for backend in BACKENDS}
         _library.define(name + schema)
         qualified = f"fastsd::{name}"
@@ -172,9 +176,13 @@ class Op:
     def _available(self, device: torch.device) -> tuple[Backend, ...]:
         return tuple(self.backends[name] for name in self.order(device) if not self.backends[name].unavailable())
 
+    def _preferred(self, *args: Any) -> str | None:
+        return self.prefer(*args) if self.prefer is not None and args[0].device.type == "cuda" else None
+
     def explain(self, *args: Any) -> Iterator[tuple[str, str | None]]:
-        """Each backend for these arguments with its refusal, or ``None`` where it serves them."""
-        for name in self.order(args[0].device):
+        """Each backend for these arguments with its refusal, or ``None`` where it serves them; the fastest first."""
+        preferred = self._preferred(*args)
+        for name in sorted(self.order(args[0].device), key=lambda name: name != preferred):
             yield name, self.backends[name].reject(*args)
 
     def choose(self, *args: Any, backend: str | None = None) -> Backend:
@@ -185,10 +193,13 @@ class Op:
             BackendUnavailable: the backend that was named refuses; the message is its sentence.
         """
         forced, source = backend, "backend"
+        if forced is None and ENVIRONMENT_VARIABLE in os.environ:
+            forced, source = os.environ[ENVIRONMENT_VARIABLE] or None, ENVIRONMENT_VARIABLE
         if forced is None:
-            forced, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
-        if forced is None:
-            for candidate in self._available(args[0].device):
+            candidates: Iterable[Backend] = self._available(args[0].device)
+            if (preferred := self._preferred(*args)) is not None:
+                candidates = sorted(candidates, key=lambda backend: backend.name != preferred)
+            for candidate in candidates:
                 if candidate.module.reject(*args) is None:
                     return candidate
         if forced not in self.backends:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastsd_kernels import conv2d
-from fastsd_kernels.conv2d import cases, composed, cuda_impl, op
+from fastsd_kernels.conv2d import cases, composed, cuda_impl, measured, op
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.testing import Sample, assert_contract, check_op, feature_map, named
 from tests.proving import host
@@ -384,17 +384,15 @@ def test_default_is_torchs_convolution(algorithm):
 
 def test_measurements_decide(monkeypatch):
     sample = sample_of("stride_2_channels_last")  # 8 to 16 channels, 9 × 8 to 5 × 4
-    monkeypatch.setattr(cuda_impl, "FASTER", {(9, 0): frozenset({(3, 2, 8, 16, 5, 4)})})
     monkeypatch.setattr(cuda_impl, "compute", lambda *args: "implicit_gemm")
     monkeypatch.setattr(cuda_impl.composed, "run", lambda *args: "direct")
     monkeypatch.setattr(cuda_impl.cuda_runtime, "multiprocessors", lambda device: MULTIPROCESSORS)
-    for capability, chosen in (((9, 0), "implicit_gemm"), ((8, 0), "direct")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert cuda_impl.run(*arguments(sample)) == chosen
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert cuda_impl.run(*arguments(sample_of("plain_channels_last"))) == "direct"
-    assert cuda_impl.run(*arguments(sample.map_tensors(Tensor.float))) == "direct"
-    assert cuda_impl.run(*arguments(sample)[:-1], "direct") == "direct"
+    for fastest in ("direct", "implicit_gemm", "triton 64x64"):
+        with measured.forced(fastest):
+            expected = "implicit_gemm" if fastest == "implicit_gemm" else "direct"
+            assert cuda_impl.run(*arguments(sample)) == expected
+            assert cuda_impl.run(*arguments(sample.map_tensors(Tensor.float))) == "direct"
+            assert cuda_impl.run(*arguments(sample)[:-1], "direct") == "direct"
 
 
 def test_module_needs_no_cuda_package():

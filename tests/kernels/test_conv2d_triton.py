@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastsd_kernels import conv2d
-from fastsd_kernels.conv2d import cases, op
+from fastsd_kernels.conv2d import cases, measured, op
+from fastsd_kernels.conv2d.triton_tiles import TILES
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import Sample, check_op, feature_map, named
 from fastsd_kernels.testing.inputs import random_tensor
@@ -45,7 +46,7 @@ SD_SHAPES = (  # batch, channels of x and skip, output channels, positions, side
 SMALL_TILES = {
     "MOST_M": 16,
     "MOST_N": 16,
-    "BLOCK_K": 16,
+    "MOST_K": 16,
     "FEWEST_PROGRAMS": 24,
     "FEWEST_STEPS": 4,
     "SUM_M": 8,
@@ -165,9 +166,24 @@ def test_every_tile_has_a_gate():
         for launch in triton_launches(*variant)
         if launch.kernel.__name__ == "convolve"
     }
-    for positions, out_channels, itemsize in itertools.product((1, 64, 65, 4096), (1, 16, 17, 320, 640), (2, 4)):
-        *block, num_warps = triton_impl.tile(positions, out_channels, itemsize)
+    guesses = (
+        (triton_impl.tile(positions, out_channels, itemsize), itemsize)
+        for positions, out_channels, itemsize in itertools.product((1, 64, 65, 4096), (1, 16, 17, 320, 640), (2, 4))
+    )
+    for (*block, num_warps), itemsize in (*guesses, *((tile, 2) for tile in TILES.values())):
         assert (tuple(block), num_warps, itemsize) in gated
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_measured_tile_is_taken(name):
+    sample = next(sample for sample in cases.samples("cpu", torch.float16) if sample.name == "everything_channels_last")
+    with measured.forced(f"triton {name}"):
+        launches = sample_launches(sample)
+        other = sample_launches(sample.map_tensors(torch.Tensor.float))
+    (convolve,) = (launch for launch in launches if launch.kernel.__name__ == "convolve")
+    assert (*convolve.args[-4:-1], convolve.num_warps) == TILES[name]
+    (convolve,) = (launch for launch in other if launch.kernel.__name__ == "convolve")
+    assert (*convolve.args[-4:-1], convolve.num_warps) == triton_impl.tile(30, 16, 4)
 
 
 @pytest.mark.parametrize("target", TARGETS)

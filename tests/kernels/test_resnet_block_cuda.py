@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastsd_kernels import cuda_runtime, resnet_block
 from fastsd_kernels.conv2d import cuda_impl as conv2d
+from fastsd_kernels.conv2d import measured
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.resnet_block import cases, cuda_impl, op
 from fastsd_kernels.testing import Sample, assert_contract, check_op, feature_map, named
@@ -256,28 +257,29 @@ def test_other_devices_are_refused():
             assert cuda_impl.reject(*arguments(elsewhere)) is None
 
 
-BLOCK = frozenset({(3, 1, 8, 16, 5, 3), (3, 1, 16, 16, 5, 3), (1, 1, 8, 16, 5, 3)})
+CONVOLUTIONS = ((16, 8, 3, 3), (16, 16, 3, 3), (16, 8, 1, 1))  # of the sample below: both, and the shortcut
 
 
 @pytest.mark.parametrize(
-    ("faster", "chosen"),
+    ("fastest", "chosen"),
     [
-        (BLOCK, "implicit_gemm"),
-        (BLOCK - {(3, 1, 16, 16, 5, 3)}, "composed"),
-        (BLOCK - {(3, 1, 8, 16, 5, 3)}, "composed"),
-        (BLOCK - {(1, 1, 8, 16, 5, 3)}, "composed"),
-        (frozenset(), "composed"),
+        (("implicit_gemm",) * 3, "implicit_gemm"),
+        (("implicit_gemm", "direct", "implicit_gemm"), "composed"),
+        (("direct", "implicit_gemm", "implicit_gemm"), "composed"),
+        (("implicit_gemm", "implicit_gemm", None), "composed"),
+        (("triton 64x64",) * 3, "composed"),
+        ((None,) * 3, "composed"),
     ],
     ids=str,
 )
-def test_measurements_of_all_convolutions_decide(monkeypatch, faster, chosen):
+def test_measurements_of_all_convolutions_decide(monkeypatch, fastest, chosen):
     called = []
     x = torch.ones(2, 16, 5, 3).half()
-    monkeypatch.setattr(conv2d, "FASTER", {(9, 0): faster})
+    table = dict(zip(CONVOLUTIONS, fastest, strict=True))
+    monkeypatch.setattr(measured, "fastest", lambda x, weight, *rest: table.get(tuple(weight.shape)))
     monkeypatch.setattr(cuda_impl, "compute", lambda *args: called.append("implicit_gemm") or x)
     monkeypatch.setattr(cuda_impl, "compose", lambda *args: called.append("composed") or x)
     monkeypatch.setattr(cuda_runtime, "multiprocessors", lambda device: MULTIPROCESSORS)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     given = sample_of("everything_channels_last")
     cuda_impl.run(*arguments(given))
     cuda_impl.run(*arguments(given.map_tensors(Tensor.float)))

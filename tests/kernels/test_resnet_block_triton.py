@@ -39,7 +39,7 @@ BLOCKS = [name for name in SAMPLES if name not in PRUNED and not name.startswith
 SMALL_TILES = {
     "MOST_M": 16,
     "MOST_N": 16,
-    "BLOCK_K": 16,
+    "MOST_K": 16,
     "FEWEST_PROGRAMS": 24,
     "FEWEST_STEPS": 6,
     "SUM_M": 8,

@@ -14,6 +14,7 @@ from fastsd_kernels.checks import (
     check_skip,
     check_vector,
 )
+from fastsd_kernels.conv2d import measured
 from fastsd_kernels.conv2d.reference import conv2d as definition
 from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.dispatch import Op
@@ -221,6 +222,13 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: 
     return empty_map(x, weight.shape[0], is_channels_last(x), out_size)
 
 
+def _prefer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int], *args: Any
+) -> str | None:
+    upsample_size, algorithm = args[8], args[12]
+    return measured.backend(None if algorithm else measured.fastest(x, weight, stride, padding, upsample_size))
+
+
 _setup_context, _backward = gradient_of(definition)
 
 op = Op(
@@ -231,4 +239,5 @@ op = Op(
     setup_context=_setup_context,
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
+    prefer=_prefer,
 )

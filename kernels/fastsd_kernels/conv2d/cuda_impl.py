@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels import cuda_runtime
-from fastsd_kernels.conv2d import composed
+from fastsd_kernels.conv2d import composed, measured
 from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.cuda_runtime import ELEMENTS, MAX_BLOCKS, VECTOR_BYTES, Launch, alignment, of_one_dtype
 from fastsd_kernels.group_norm_silu import cuda_impl as group_norm
@@ -29,10 +29,6 @@ from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense
 
 SOURCE = "conv2d.cu"
 DTYPES = (torch.float16, torch.bfloat16)
-
-# Device capability to convolutions, (kernel, stride, input channels, output channels, output height, output width),
-# for which implicit_gemm was measured to be faster than direct. Nothing has been measured yet.
-FASTER: dict[tuple[int, int], frozenset[tuple[int, int, int, int, int, int]]] = {}
 
 _WARP = 32
 _WARP_POSITIONS = 32
@@ -229,18 +225,11 @@ def reject(
     return None
 
 
-def fastest(capability: tuple[int, int], shape: tuple[int, int, int, int, int, int]) -> str:
-    """The algorithm that ``None`` stands for on a card: what :data:`FASTER` says, else ``"direct"``."""
-    return "implicit_gemm" if shape in FASTER.get(capability, ()) else "direct"
-
-
 def chosen(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], upsample_size: Sequence[int] | None) -> str:
-    """The algorithm that ``None`` stands for, on the card that ``x`` is on."""
-    if x.dtype not in DTYPES or not FASTER:
-        return "direct"
-    height, width = output_size(upsample_size or x.shape[2:], weight.shape[2], stride, padding)
-    shape = (weight.shape[2], stride, weight.shape[1], weight.shape[0], height, width)
-    return fastest(torch.cuda.get_device_capability(x.device), shape)
+    """The algorithm that ``None`` stands for: ``"implicit_gemm"`` where it was measured to be the fastest."""
+    if x.dtype in DTYPES and measured.fastest(x, weight, stride, padding, upsample_size) == measured.IMPLICIT_GEMM:
+        return "implicit_gemm"
+    return "direct"
 
 
 def run(x: Tensor, weight: Tensor, *args: object) -> Tensor:

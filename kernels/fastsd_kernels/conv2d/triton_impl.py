@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fastsd_kernels import triton_runtime
+from fastsd_kernels.conv2d import measured
 from fastsd_kernels.conv2d.sizes import output_size
+from fastsd_kernels.conv2d.triton_tiles import TILES, Tile
 from fastsd_kernels.group_norm_silu import triton_impl as norm
 from fastsd_kernels.layout import dense, empty_map, is_channels_last
 from fastsd_kernels.triton_runtime import Launch, ceil_div, contiguous, row_stride, unavailable
@@ -38,9 +40,10 @@ __all__ = [
 
 ALGORITHM = "implicit_gemm"
 
-# Nothing here was measured on a card: the tiles are guesses that fit its registers (see the gates)
-# Most positions and output channels of a tile, and the input channels of a step
-MOST_M, MOST_N, BLOCK_K = 128, 128, 32
+# Nothing here was measured on a card: where `measured` has no tile, the choice is a guess that fits the registers (see
+# the gates)
+# Most positions and output channels of a tile, and input channels of a step
+MOST_M, MOST_N, MOST_K = 128, 128, 32
 # Steps under way at once: one is computed, the others are loaded
 STAGES = 4
 # One program for each multiprocessor of the largest card: with fewer tiles the product is split along its depth
@@ -51,15 +54,6 @@ FEWEST_STEPS = 16
 SUM_M, SUM_N, SUM_WARPS = 32, 32, 4
 # Merging statistics: at most 1024 moments at once
 NORM_WARPS = 4
-
-
-class Tile(NamedTuple):
-    """What a program computes: ``[block_m positions, block_n channels]``, ``block_k`` channels of one tap a step."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
 
 
 class Plan(NamedTuple):
@@ -80,26 +74,37 @@ class Moments(NamedTuple):
 
 
 def tile(positions: int, out_channels: int, itemsize: int) -> Tile:
-    """One of a few tiles, each of which is compiled in the tests."""
+    """What to take where nobody has measured."""
     if itemsize == 4:
         # no tensor cores: more of the product in each of fewer threads
-        block_m, block_n, num_warps = 64, 64 if out_channels > 16 else 16, 4
+        t = Tile(64, 64 if out_channels > 16 else 16, 32, 4)
     elif out_channels <= 16:
-        block_m, block_n, num_warps = 64, 16, 4
+        t = TILES["64x16"]
     elif positions <= 64:
-        block_m, block_n, num_warps = 64, 64, 8
+        t = TILES["64x64"]
     else:
         # twice as wide where that adds no idle channels: fewer tiles activate the same element
-        block_m, block_n, num_warps = 128, 64 if ceil_div(out_channels, 64) % 2 else 128, 8
-    return Tile(min(block_m, MOST_M), min(block_n, MOST_N), BLOCK_K, num_warps)
+        t = TILES["128x64" if ceil_div(out_channels, 64) % 2 else "128x128"]
+    return Tile(min(t.block_m, MOST_M), min(t.block_n, MOST_N), min(t.block_k, MOST_K), t.num_warps)
 
 
 @functools.cache
 def plan(
-    batch: int, x_channels: int, skip_channels: int, out_channels: int, positions: int, kernel: int, itemsize: int
+    batch: int,
+    x_channels: int,
+    skip_channels: int,
+    out_channels: int,
+    positions: int,
+    kernel: int,
+    itemsize: int,
+    fastest: Tile | None = None,
 ) -> Plan:
-    """The cut for ``batch`` maps of ``positions`` each in the result; only ``skip_channels`` may be 0."""
-    t = tile(positions, out_channels, itemsize)
+    """The cut for ``batch`` maps of ``positions`` each in the result; only ``skip_channels`` may be 0.
+
+    Args:
+        fastest: the tile that was measured to be.
+    """
+    t = fastest or tile(positions, out_channels, itemsize)
     row_tiles, column_tiles = ceil_div(positions, t.block_m), ceil_div(out_channels, t.block_n)
     steps = (ceil_div(x_channels, t.block_k) + ceil_div(skip_channels, t.block_k)) * kernel * kernel
     splits = max(min(FEWEST_PROGRAMS // (batch * row_tiles * column_tiles), steps // FEWEST_STEPS), 1)
@@ -179,7 +184,8 @@ def convolution(
     positions, (left, _, top, _) = out_height * out_width, padding
     maps = (batch, x_channels, skip_channels, out_channels, source_height, source_width, height, width, *scales)
 
-    p = plan(batch, x_channels, skip_channels, out_channels, positions, kernel, x.element_size())
+    fastest = measured.tile(measured.fastest(x, weight, stride, padding, upsample_size))
+    p = plan(batch, x_channels, skip_channels, out_channels, positions, kernel, x.element_size(), fastest)
     sums, tile_positions = None, p.tile.block_m
     if p.splits > 1:
         sums, tile_positions = x.new_empty((p.splits, batch, positions, out_channels), dtype=torch.float32), SUM_M

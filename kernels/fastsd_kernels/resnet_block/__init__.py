@@ -14,6 +14,7 @@ from fastsd_kernels.checks import (
     check_skip,
     check_vector,
 )
+from fastsd_kernels.conv2d import measured
 from fastsd_kernels.dispatch import Op
 from fastsd_kernels.gradient import gradient_of
 from fastsd_kernels.layout import empty_map, is_channels_last
@@ -204,6 +205,11 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
     return empty_map(x, channels if shortcut_weight is None else shortcut_weight.shape[0], is_channels_last(x))
 
 
+def _prefer(x: Tensor, conv1_weight: Tensor | None, conv2_weight: Tensor | None, *args: Any) -> str | None:
+    backends = set(map(measured.backend, measured.fastest_of_block(x, conv1_weight, conv2_weight, args[11])))
+    return backends.pop() if len(backends) == 1 else None
+
+
 _setup_context, _backward = gradient_of(definition)
 
 op = Op(
@@ -214,4 +220,5 @@ op = Op(
     setup_context=_setup_context,
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
+    prefer=_prefer,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsd_kernels import cuda_runtime
 from fastsd_kernels.conv2d import cuda_impl as conv2d
+from fastsd_kernels.conv2d import measured
 from fastsd_kernels.layout import dense, is_channels_last
 from fastsd_kernels.resnet_block.composed import compose
 
@@ -23,8 +24,8 @@ def reject(x: Tensor, *args: object) -> str | None:
 
 
 def run(x: Tensor, conv1_weight: Tensor | None, conv2_weight: Tensor | None, *args: Any) -> Tensor:
-    weights = [w for w in (conv1_weight, conv2_weight, args[11]) if w is not None]  # the last one of the shortcut
-    if weights and all(conv2d.chosen(x, w, 1, [w.shape[2] // 2] * 4, None) == "implicit_gemm" for w in weights):
+    names = measured.fastest_of_block(x, conv1_weight, conv2_weight, args[11])  # the last one of the shortcut
+    if x.dtype in conv2d.DTYPES and names and all(name == measured.IMPLICIT_GEMM for name in names):
         multiprocessors = cuda_runtime.multiprocessors(x.device)
         return compute(cuda_runtime.launch, multiprocessors, x, conv1_weight, conv2_weight, *args)
     return dense(compose(conv2d.run, x, conv1_weight, conv2_weight, *args), is_channels_last(x))

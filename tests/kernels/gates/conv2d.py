@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsd_kernels.conv2d import cuda_impl, triton_impl
+from fastsd_kernels.conv2d import cuda_impl, measured, triton_impl
 from tests.proving import triton_aot
 from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
 
@@ -29,19 +29,25 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # Shared memory that a block may have on the cards from compute capability 8.0 on that have least
 SHARED_BYTES = 99 * 1024
 
-# dtype, layout, channels of x and skip, output channels, side of the result, what surrounds the product; then registers
+# dtype, layout, channels of x and skip, output channels, side of the result, what surrounds the product, the tile that
+# a measurement has chosen; then registers
 TRITON = (
-    ("float16", "channels_last", 320, 0, 320, 64, "norm", 128),
-    ("bfloat16", "channels_last", 640, 320, 320, 64, "norm", 128),
-    ("float16", "contiguous", 320, 0, 320, 64, "norm", 128),
-    ("float16", "channels_last", 1280, 640, 640, 32, "norm", 208),
-    ("float16", "channels_last", 1280, 0, 1280, 32, "upsampled", 128),
-    ("float16", "channels_last", 1280, 0, 1280, 16, "pointwise", 128),
-    ("float16", "channels_last", 1280, 1280, 1280, 8, "norm", 80),
-    ("float16", "channels_last", 4, 0, 320, 64, "bare", 208),
-    ("float16", "channels_last", 320, 0, 4, 64, "norm", 128),
-    ("float32", "channels_last", 320, 320, 320, 64, "norm", 168),
-    ("float32", "channels_last", 128, 0, 3, 512, "norm", 128),
+    ("float16", "channels_last", 320, 0, 320, 64, "norm", None, 128),
+    ("bfloat16", "channels_last", 640, 320, 320, 64, "norm", None, 128),
+    ("float16", "contiguous", 320, 0, 320, 64, "norm", None, 128),
+    ("float16", "channels_last", 1280, 640, 640, 32, "norm", None, 208),
+    ("float16", "channels_last", 1280, 0, 1280, 32, "upsampled", None, 128),
+    ("float16", "channels_last", 1280, 0, 1280, 16, "pointwise", None, 128),
+    ("float16", "channels_last", 1280, 1280, 1280, 8, "norm", None, 80),
+    ("float16", "channels_last", 4, 0, 320, 64, "bare", None, 208),
+    ("float16", "channels_last", 320, 0, 4, 64, "norm", None, 128),
+    ("float32", "channels_last", 320, 320, 320, 64, "norm", None, 168),
+    ("float32", "channels_last", 128, 0, 3, 512, "norm", None, 128),
+    ("float16", "channels_last", 320, 0, 320, 64, "norm", "128x128", 208),
+    ("float16", "channels_last", 320, 0, 320, 64, "norm", "64x128", 128),
+    ("float16", "channels_last", 320, 0, 320, 64, "norm", "64x64", 80),
+    ("float16", "channels_last", 320, 0, 320, 64, "norm", "64x32", 104),
+    ("float16", "channels_last", 320, 0, 320, 64, "norm", "64x16", 96),
 )
 # The other kernels hardly depend on the variant: those of these two stand for all
 COEFFICIENTS, SUM = TRITON[0], TRITON[6]
@@ -65,9 +71,19 @@ def gates() -> Iterator[Gate]:
 
 
 def triton_launches(
-    dtype: str, layout: str, x_channels: int, skip_channels: int, out_channels: int, side: int, around: str
+    dtype: str,
+    layout: str,
+    x_channels: int,
+    skip_channels: int,
+    out_channels: int,
+    side: int,
+    around: str,
+    tile: str | None,
 ) -> tuple[triton_impl.Launch, ...]:
     """The launches of one variant, its tensors on ``meta``."""
+    if tile is not None:
+        with measured.forced(f"triton {tile}"):
+            return triton_launches(dtype, layout, x_channels, skip_channels, out_channels, side, around, None)
     like: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
     kernel = 1 if around == "pointwise" else 3
     source = side // 2 if around == "upsampled" else side
@@ -113,7 +129,7 @@ def triton_shared_bytes(launch: triton_impl.Launch, target: str) -> int:
 def _triton_gates() -> Iterator[Gate]:
     for variant in TRITON:
         *convolution, registers = variant
-        dtype, layout, x_channels, skip_channels, out_channels, side, around = convolution
+        dtype, layout, x_channels, skip_channels, out_channels, side, around, tile = convolution
         channels = f"{x_channels}+{skip_channels}" if skip_channels else x_channels
         launches = {launch.kernel.__name__: launch for launch in triton_launches(*convolution)}
         # float32 stays float32: tensor cores would round it to 10 bits
@@ -132,7 +148,9 @@ def _triton_gates() -> Iterator[Gate]:
                 op="conv2d",
                 backend="triton",
                 kernel=kernel,
-                variant=f"{dtype} {layout} {channels} to {out_channels} {side}² {around}",
+                variant=" ".join(
+                    filter(None, (f"{dtype} {layout} {channels} to {out_channels} {side}² {around}", tile))
+                ),
                 compile=partial(triton_aot.compile_launch, launches[kernel]),
                 registers=limit,
                 required=required,
