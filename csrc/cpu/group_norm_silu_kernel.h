@@ -205,18 +205,14 @@ static inline void normalise_columns(const T* __restrict x, T* __restrict y, int
   for (int64_t c = 0; c < n; ++c) store(y + c, activate((load(x + c) - center[c]) * scale[c] + offset[c]));
 }
 
-// How far ahead of a channels-last row to fetch: 4 KiB where the rows lie one behind the other, else some rows.
-template <typename T>
-static inline int64_t fetch_ahead(int64_t channels, int64_t stride) {
-  return channels == stride ? 4096 / int64_t(sizeof(T)) : 4 * stride;
-}
-
 // A channels-last block x [rows, channels] into y, rows x_stride and y_stride apart. Both are fetched ahead, y to be
-// written: otherwise the arithmetic and the memory wait for each other.
+// written: otherwise the arithmetic and the memory wait for each other. Where x's rows do not lie one behind the other,
+// x is a bundle that has just been read.
 template <bool silu, typename T>
 static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int64_t x_stride, int64_t y_stride,
                            Affine affine) {
-  const int64_t strip = 256, x_ahead = fetch_ahead<T>(channels, x_stride), y_ahead = fetch_ahead<T>(channels, y_stride);
+  const int64_t strip = 256, ahead = 4096 / int64_t(sizeof(T));  // 4 KiB, 64 cache lines
+  const int64_t y_ahead = channels == y_stride ? ahead : 4 * y_stride;
   const Activation<silu> activate;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += strip) {
@@ -224,7 +220,7 @@ static void normalise_rows(const T* x, T* y, int64_t rows, int64_t channels, int
       const T* in = x + r * x_stride + c;
       T* out = y + r * y_stride + c;
       for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) {
-        __builtin_prefetch(in + x_ahead + i);
+        if (channels == x_stride) __builtin_prefetch(in + ahead + i);
         __builtin_prefetch(out + y_ahead + i, 1);
       }
       normalise_columns(in, out, n, affine.center + c, affine.scale + c, affine.offset + c, activate);
