@@ -25,8 +25,9 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/cpu/*)
 demo: setup
 	$(BIN)/python -m examples.demo --model $(MODEL)
 
+# A file stays in one process: its compiled kernels are kept there.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check

@@ -34,8 +34,6 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
 
 def empty_map(like: Tensor, channels: int, channels_last: bool, size: Sequence[int] | None = None) -> Tensor:
     """An uninitialised map with ``like``'s batch, dtype and device; its size too, unless ``size`` gives another."""
-    if channels == like.shape[1] and size is None and is_dense(like, channels_last):
-        return torch.empty_like(like)
     shape = (like.shape[0], channels, *(like.shape[2:] if size is None else size))
     if channels_last and len(shape) == 4:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
