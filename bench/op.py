@@ -21,7 +21,7 @@ from fastsd.cli.table import text_table
 from fastsd_kernels.dispatch import BackendUnavailable, Op, ops
 from fastsd_kernels.testing import ContractViolation, Sample, assert_contract, check_op
 
-# a timed run is as many calls as read and write this much, more than any cache holds
+# a timed run is as many calls as read and write this much, which most caches do not hold, and at most so many
 RUN_BYTES = 128 << 20
 MOST_CALLS = 32
 # about 5 ms: time to queue MOST_CALLS calls of a few launches each
@@ -86,9 +86,14 @@ def run(options: argparse.Namespace) -> int:
             sample = bench.sample(name, device, dtype)
             measure(op, bench, sample, cache == "cold", options.repeats, options.compile, found)
             if options.json:  # after every case: a run that is cut off keeps what it has measured
-                header = {"op": op.name, "device": environment.device_name(device), "cache": cache}
-                result = header | {"rows": list(map(vars, found.rows))}
-                harness.write_json(options.json, result)
+                facts = {
+                    "op": op.name,
+                    "device": environment.device_name(device),
+                    "cache": cache,
+                    "commit": harness.commit(),
+                    "versions": environment.versions(),
+                }
+                harness.write_json(options.json, facts | {"rows": list(map(vars, found.rows))})
     print(f"{op.name}, {arguments.dtype_name(dtype)}, {environment.device_name(device)}, caches {cache}")
     print(f"a copy in memory reads and writes {ceiling / 1e9:.1f} GB/s")
     print(table(found.rows, ceiling))

@@ -66,25 +66,28 @@ def run(options: argparse.Namespace) -> int:
         "versions": environment.versions(),
     }
     rows: list[dict[str, Any]] = []
-    sentences: list[str] = []
-    shapes = sorted(set().union(*(shapes_of(name) for name in options.models.split(","))))
+    shapes = sorted(set().union(*(shapes_of(name) for name in _names(options.models))))
     with torch.no_grad(), tqdm(shapes, leave=False, disable=None) as bar:
         for shape in bar:
             sample = sample_of(shape, options.batch, options.device, options.dtype)
-            seconds = measure(sample, clock, options.repeats, sentences)
-            if not seconds:
-                continue
-            rows.append(shape._asdict() | {"fastest": choice(seconds), "seconds": seconds})
-            tables.setdefault(capability, {})[shape] = choice(seconds)
+            seconds, left_out = measure(sample, clock, options.repeats)
+            for name, reason in left_out.items():
+                tqdm.write(f"bench: {name} is left out of {sample}: {reason}", file=sys.stderr)
+            fastest = choice(seconds)
+            rows.append(shape._asdict() | {"fastest": fastest, "seconds": seconds, "left_out": left_out})
+            if fastest is not None:
+                tables.setdefault(capability, {})[shape] = fastest
             if options.into:  # after every convolution: a run that is cut off keeps what it has measured
                 harness.write_json(options.into, measured.as_json(tables))
             if options.json:
                 harness.write_json(options.json, facts | {"rows": rows})
     print(f"conv2d, batch {options.batch}, {facts['dtype']}, {facts['device']}; µs")
     print(table(rows))
-    for sentence in sentences:
-        print(f"bench: {sentence}", file=sys.stderr)
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def shapes_of(model: str) -> set[Shape]:
@@ -132,26 +135,36 @@ def call(name: str, kwargs: dict[str, Any]) -> Tensor:
         return conv2d(**kwargs, backend="triton")
 
 
-def measure(sample: Sample, clock: harness.Clock, repeats: int, sentences: list[str]) -> dict[str, float]:
-    """Seconds of each implementation that keeps the contract; why others do not is added to ``sentences``."""
-    exact = conv2d(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
-    plain = conv2d(**sample.kwargs, backend="reference")
+def measure(sample: Sample, clock: harness.Clock, repeats: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of each implementation that keeps the contract, and why the others do not count."""
+    left_out: dict[str, str] = {}
     runs: dict[str, Callable[[], Tensor]] = {}
+    try:
+        exact = conv2d(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
+        plain = conv2d(**sample.kwargs, backend="reference")
+    except torch.OutOfMemoryError as error:
+        return {}, dict.fromkeys(measured.IMPLEMENTATIONS, _line(error))
     for name in measured.IMPLEMENTATIONS:
         try:
             assert_contract(call(name, sample.kwargs), exact, plain)
-        except (BackendUnavailable, ContractViolation, RuntimeError) as error:
-            sentences.append(f"{name} is left out of {sample}: {' '.join(str(error).split())}")
+        except (BackendUnavailable, ContractViolation, torch.OutOfMemoryError) as error:
+            left_out[name] = _line(error)
         else:
             runs[name] = lambda name=name: call(name, sample.kwargs)  # type: ignore[misc]
-    return {name: timing.median for name, timing in harness.interleaved(runs, clock, repeats).items()}
+    timings = harness.interleaved(runs, clock, repeats)
+    return {name: timing.median for name, timing in timings.items()}, left_out
 
 
-def choice(seconds: dict[str, float]) -> str:
-    """The fastest; cuDNN, unless another is clearly faster."""
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def choice(seconds: dict[str, float]) -> str | None:
+    """The fastest; cuDNN, unless another is clearly faster; ``None`` if nothing was compared with cuDNN."""
+    if measured.DIRECT not in seconds:
+        return None
     best = min(seconds, key=lambda name: seconds[name])
-    default = seconds.get(measured.DIRECT)
-    return best if default is None or seconds[best] * FEWEST_GAIN < default else measured.DIRECT
+    return best if seconds[best] * FEWEST_GAIN < seconds[measured.DIRECT] else measured.DIRECT
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -165,7 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                     f"{1e6 * row['seconds'][name]:.1f}" if name in row["seconds"] else ""
                     for name in measured.IMPLEMENTATIONS
                 ),
-                row["fastest"],
+                row["fastest"] or "none: no time of direct",
             )
             for row in rows
         ),

@@ -95,6 +95,23 @@ static inline double sum_of_lanes(const F* lanes) {
   return sum;
 }
 
+// The same as plane_moments for planes that do not fill the lanes, each of which would take all planes' first elements.
+template <typename T>
+static void short_plane_moments(const T* x, int64_t count, int64_t n, const float* shift, double* mean,
+                                double* squares) {
+  double sum = 0, square_sum = 0;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = 0; i < n; ++i) sum += double(load(x + c * n + i)) + shift[c];
+  const double center = sum / double(count * n);
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = double(load(x + c * n + i)) + shift[c] - center;
+      square_sum += d * d;
+    }
+  *mean = center;
+  *squares = square_sum;
+}
+
 // Channels-first planes [count, n], shift[c] added to each: mean and sum of squared deviations over all of them.
 template <typename T>
 static void plane_moments(const T* x, int64_t count, int64_t n, const float* shift, double* mean, double* squares) {
@@ -103,6 +120,7 @@ static void plane_moments(const T* x, int64_t count, int64_t n, const float* shi
     n *= count;
     count = 1;
   }
+  if (n < W && count > 1) return short_plane_moments(x, count, n, shift, mean, squares);
   float drift[W] = {}, spread[W] = {};
   const int64_t lead = n < 8 * W ? n : n / 8;
   for (int64_t i = 0; i < lead; ++i) drift[i % W] += load(x + i);
@@ -152,26 +170,32 @@ static void merge_blocks(Moments blocks, int64_t stride, int64_t rows, int64_t t
   for (; c < channels; ++c) merge_columns<1>(blocks.at(c), stride, rows, total, mean + c, squares + c);
 }
 
+// The mean of a channel to which shift[c] is added; shift may be null.
+static inline double shifted_mean(const double* mean, const float* shift, int64_t c) {
+  return mean[c] + (shift ? shift[c] : 0.0f);
+}
+
+// Sum of the squared distances of such a channel's `count` values from a center.
+static inline double squares_about(double center, int64_t count, const double* mean, const double* squares,
+                                   const float* shift, int64_t c) {
+  const double off = shifted_mean(mean, shift, c) - center;
+  return squares[c] + double(count) * off * off;
+}
+
 // Of the channels of a group, each of `count` values with this mean and sum of squared deviations, shift[c] added to
 // each: mean and sum of squared deviations over all of them.
 static void fold_channels(int64_t channels, int64_t count, const double* mean, const double* squares,
                           const float* shift, double* group_mean, double* group_squares) {
   constexpr int W = 8;
   double first[W] = {}, second[W] = {};
-  auto shifted = [&](int64_t c) { return mean[c] + (shift ? shift[c] : 0.0f); };
   int64_t c = 0;
   for (; c + W <= channels; c += W)
-    for (int j = 0; j < W; ++j) first[j] += shifted(c + j);
-  for (int j = 0; c < channels; ++c, ++j) first[j] += shifted(c);
+    for (int j = 0; j < W; ++j) first[j] += shifted_mean(mean, shift, c + j);
+  for (; c < channels; ++c) first[0] += shifted_mean(mean, shift, c);
   const double center = sum_of_lanes<W>(first) / double(channels);
-  auto deviation = [&](int64_t c) {
-    const double off = shifted(c) - center;
-    return squares[c] + double(count) * off * off;
-  };
-  c = 0;
-  for (; c + W <= channels; c += W)
-    for (int j = 0; j < W; ++j) second[j] += deviation(c + j);
-  for (int j = 0; c < channels; ++c, ++j) second[j] += deviation(c);
+  for (c = 0; c + W <= channels; c += W)
+    for (int j = 0; j < W; ++j) second[j] += squares_about(center, count, mean, squares, shift, c + j);
+  for (; c < channels; ++c) second[0] += squares_about(center, count, mean, squares, shift, c);
   *group_mean = center;
   *group_squares = sum_of_lanes<W>(second);
 }

@@ -1,9 +1,9 @@
 // SiLU for the vectorised kernels, which include this file inside their namespace.
 
-// A constant that the compiler must keep in a register: otherwise each use of it in a loop is one more load, and a loop
-// that reads four tables already is bound by its loads.
+// A constant that the compiler cannot fold into the instruction that uses it, as a load, and so keeps in a register as
+// long as there are enough: a loop that reads four tables already is bound by its loads.
 template <typename T>
-static inline T in_register(T value) {
+static inline __attribute__((always_inline)) T in_register(T value) {
   asm("" : "+r"(value));
   return value;
 }
@@ -11,13 +11,16 @@ static inline T in_register(T value) {
 // What follows the normalisation; make one outside the loop.
 //
 // SiLU is u / (1 + e) with e = exp(-u) = 2^n * p(r), n + r = -u / ln2, |r| <= 1/2, and p within 1e-7 of 2^r. The
-// exponent is clamped to where e is 0 for a large u and infinite for a small one, so that the result is u and -0 there.
+// exponent is clamped to where e is 0 for a large u and infinite for one below -88.37, so that the result is u and -0
+// there.
 // A NaN gives some number for e, and the quotient restores it. The clamps compare bit patterns: as integers the
 // non-negative floats are ordered as they are, and so are, unsigned, the negative ones by magnitude. The compiler makes
 // one instruction of an integer minimum, and a branch, for NaN's sake, of a float's.
 template <bool silu>
 class Activation {
  public:
+  __attribute__((always_inline)) Activation() {}  // the implicit one is not compiled for the instruction set
+
   float operator()(float u) const {
     if (!silu) return u;
     int32_t bits;

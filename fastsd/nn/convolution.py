@@ -96,7 +96,7 @@ def is_fused(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
     ``others``: what else goes into it.
 
     With a gradient wanted it is not: the op keeps less for the backward pass than torch, and computes more in it. Nor
-    is it on a GPU, where nobody has measured yet what wins.
+    is it on a GPU yet, whatever was measured there.
     """
     conv = getattr(owner, name)
     return (

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from bench import op as op_bench
 from bench.__main__ import main
 from bench.kernels import bench_group_norm_silu
 from bench.op import MOST_CALLS
@@ -24,7 +25,7 @@ def test_result_file(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert bench("--cases", CASE, "--json", str(path)) == 0
     result = json.loads(path.read_text())
-    assert list(result) == ["op", "device", "cache", "rows"]
+    assert list(result) == ["op", "device", "cache", "commit", "versions", "rows"]
     assert (result["op"], result["cache"]) == ("group_norm_silu", "warm")
     eager, fast = result["rows"]
     assert list(eager) == ["case", "provider", "dtype", "median_s", "bytes", "flops", "speedup"]
@@ -50,6 +51,17 @@ def test_cold_calls_have_arguments_of_their_own(cache, tmp_path, monkeypatch):
     assert bench("--cases", CASE, "--cache", cache, "--json", str(path)) == 0
     assert json.loads(path.read_text())["cache"] == cache
     assert len(seen) == (1 if cache == "warm" else 1 + MOST_CALLS)  # the sample itself, and its copies
+
+
+def test_a_cold_clock_flushes_before_each_run(monkeypatch):
+    log = []
+    scratch = torch.empty(8)
+    monkeypatch.setattr(scratch.__class__, "zero_", lambda tensor: log.append("flush"))
+    for cold, expected in ((True, ["flush", "run"]), (False, ["run"])):
+        clock = op_bench._clock(torch.device("cpu"), cold)
+        log.clear()
+        clock(lambda: log.append("run"))
+        assert log == expected
 
 
 def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch):

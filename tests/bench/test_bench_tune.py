@@ -10,6 +10,7 @@ from bench.__main__ import main
 from fastsd_kernels import conv2d
 from fastsd_kernels.conv2d import measured
 from fastsd_kernels.conv2d.measured import Shape
+from fastsd_kernels.dispatch import BackendUnavailable
 
 SMALL = Shape(3, 1, 32, 16, 6, 5)
 STRIDED = Shape(3, 2, 8, 16, 3, 4)
@@ -38,7 +39,8 @@ def test_a_sample_is_the_convolution(shape):
     [
         ({"direct": 1.0, "triton 64x64": 0.99}, "direct"),
         ({"direct": 1.0, "triton 64x64": 0.9, "implicit_gemm": 0.8}, "implicit_gemm"),
-        ({"triton 64x64": 2.0, "triton 64x32": 1.0}, "triton 64x32"),
+        ({"triton 64x64": 2.0, "triton 64x32": 1.0}, None),
+        ({}, None),
         ({"direct": 1.0}, "direct"),
     ],
     ids=str,
@@ -50,20 +52,31 @@ def test_choice(seconds, choice):
 def played(name, kwargs):
     """The implementations of a card: one is wrong, one refuses, and all others are the reference."""
     if name == "implicit_gemm":
-        raise RuntimeError("no such card")
+        raise BackendUnavailable("no such card")
     y = conv2d(**kwargs, backend="reference")
     return y * 1.1 if name == "triton 128x128" else y
 
 
 def test_what_is_wrong_or_refuses_is_not_timed(monkeypatch):
     monkeypatch.setattr(tune, "call", played)
-    sentences = []
     sample = tune.sample_of(SMALL, 2, torch.device("cpu"), torch.float16)
-    seconds = tune.measure(sample, harness.host_clock(), 2, sentences)
+    seconds, left_out = tune.measure(sample, harness.host_clock(), 2)
     assert list(seconds) == [n for n in measured.IMPLEMENTATIONS if n not in ("implicit_gemm", "triton 128x128")]
-    refused, wrong = sentences
-    assert refused == "implicit_gemm is left out of 3x1x32x16x6x5: no such card"
-    assert wrong.startswith("triton 128x128 is left out of 3x1x32x16x6x5: error")
+    assert left_out.pop("implicit_gemm") == "no such card"
+    assert left_out.pop("triton 128x128").startswith("error")
+    assert not left_out
+
+
+def test_a_convolution_that_is_too_large(monkeypatch):
+    def full(**kwargs):
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    monkeypatch.setattr(tune, "conv2d", full)
+    sample = tune.sample_of(SMALL, 2, torch.device("cpu"), torch.float16)
+    assert tune.measure(sample, harness.host_clock(), 2) == (
+        {},
+        dict.fromkeys(measured.IMPLEMENTATIONS, "out of memory"),
+    )
 
 
 def test_the_file_is_added_to(tmp_path, monkeypatch, capsys):
@@ -73,7 +86,9 @@ def test_the_file_is_added_to(tmp_path, monkeypatch, capsys):
     sample_of = tune.sample_of
     monkeypatch.setattr(tune, "shapes_of", lambda model: {SMALL})
     monkeypatch.setattr(tune, "sample_of", lambda shape, batch, device, dtype: sample_of(shape, batch, "cpu", dtype))
-    monkeypatch.setattr(tune, "measure", lambda *args: {"direct": 2e-6, "triton 64x32": 1e-6})
+    monkeypatch.setattr(
+        tune, "measure", lambda *args: ({"direct": 2e-6, "triton 64x32": 1e-6}, {"implicit_gemm": "no"})
+    )
     monkeypatch.setattr(tune.environment, "device_name", lambda device: "a card")
     monkeypatch.setattr(tune.arguments, "device", torch.device)
     monkeypatch.setattr(tune.harness, "use", lambda device: None)
@@ -82,7 +97,14 @@ def test_the_file_is_added_to(tmp_path, monkeypatch, capsys):
     assert measured.read(path) == {"cuda:8.0": other, "cuda:9.0": {STRIDED: "direct", SMALL: "triton 64x32"}}
     (row,) = json.loads(times.read_text())["rows"]
     assert row["seconds"] == {"direct": 2e-6, "triton 64x32": 1e-6}
-    assert "triton 64x32" in capsys.readouterr().out.splitlines()[-1]
+    assert row["left_out"] == {"implicit_gemm": "no"}
+    captured = capsys.readouterr()
+    assert "triton 64x32" in captured.out.splitlines()[-1]
+    assert "implicit_gemm is left out of 3x1x32x16x6x5: no" in captured.err
+    # without a time of cuDNN the choice stays what it was
+    monkeypatch.setattr(tune, "measure", lambda *args: ({"triton 64x16": 1e-6}, {"direct": "no"}))
+    assert main(["tune", "--device", "cuda", "--models", " sd15, ", "--into", str(path)]) == 0
+    assert measured.read(path)["cuda:9.0"][SMALL] == "triton 64x32"
 
 
 def test_a_machine_without_a_card(capsys):

@@ -1,9 +1,6 @@
 """Which implementation of conv2d a CUDA device takes: the file that says it, and who listens."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,8 @@ ROW = {**SHAPE._asdict(), "fastest": "triton 64x64"}
 
 def call(x_device="meta", dtype=torch.float16, size=(9, 8), upsample_size=None):
     like = {"device": x_device, "dtype": dtype}
-    return torch.empty(2, 8, *size, **like), torch.empty(16, 8, 3, 3, **like), 2, (1, 1, 1, 1), upsample_size
+    x = torch.empty(2, 8, *size, **like).to(memory_format=torch.channels_last)
+    return x, torch.empty(16, 8, 3, 3, **like), 2, (1, 1, 1, 1), upsample_size
 
 
 class OnCuda:
@@ -39,9 +37,9 @@ def table(tmp_path, monkeypatch):
     path.write_text(json.dumps({"cuda:9.0": [ROW]}))
     monkeypatch.setenv(measured.ENVIRONMENT_VARIABLE, str(path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    measured._table.cache_clear()
+    measured._table_of.cache_clear()
     yield path
-    measured._table.cache_clear()
+    measured._table_of.cache_clear()
 
 
 def on_cuda(call):
@@ -56,8 +54,28 @@ def test_a_measured_convolution(table, monkeypatch):
     assert measured.fastest(*on_cuda(call(size=(9, 9)))) is None
     assert measured.fastest(*on_cuda(call(dtype=torch.float32))) is None
     assert measured.fastest(*call()) is None  # on no card
+    x, *rest = call()
+    assert measured.fastest(OnCuda(x.contiguous()), *rest) is None
+    measured._table_of.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert measured.fastest(*on_cuda(call())) is None
+
+
+def test_the_user_s_own_file_goes_first_and_is_read_once(table, tmp_path, monkeypatch):
+    other = {**ROW, "height": 6}
+    package = tmp_path / "package.json"
+    package.write_text(json.dumps({"cuda:9.0": [ROW | {"fastest": "direct"}, other | {"fastest": "implicit_gemm"}]}))
+    monkeypatch.setattr(measured, "PACKAGE_FILE", package)
+    assert measured.fastest(*on_cuda(call())) == "triton 64x64"
+    assert measured.fastest(*on_cuda(call(size=(11, 8)))) == "implicit_gemm"
+    table.unlink()
+    assert measured.fastest(*on_cuda(call())) == "triton 64x64"
+
+
+def test_the_user_s_own_file_is_missing(table, monkeypatch):
+    table.unlink()
+    with pytest.raises(ValueError, match=f"FASTSD_MEASURED: .*{table.name}"):
+        measured.fastest(*on_cuda(call()))
 
 
 def test_the_package_has_measured_nothing_yet():
@@ -78,6 +96,8 @@ def test_files_survive_a_round_trip(tmp_path):
         ("[]", "AttributeError"),
         ("{", "JSONDecodeError"),
         ('{"cuda:9.0": 3}', "TypeError"),
+        ('{"cuda:\u0669.0": []}', "expected a device like"),
+        (json.dumps({"cuda:9.0": [ROW, ROW]}), "expected each convolution once"),
         ('{"cuda": []}', "expected a device like 'cuda:9.0'; got 'cuda'"),
         (json.dumps({"cuda:9.0": [ROW | {"height": -5}]}), "height: expected an integer from 1 to 1048576; got -5"),
         (json.dumps({"cuda:9.0": [ROW | {"width": 4.0}]}), "width: expected an integer"),
@@ -92,7 +112,7 @@ def test_files_survive_a_round_trip(tmp_path):
 def test_a_file_that_is_none(tmp_path, text, says):
     path = tmp_path / "choices.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="expected a file of `python -m bench tune`") as caught:
+    with pytest.raises(ValueError, match="expected a file of `python -m bench tune --into`") as caught:
         measured.read(path)
     assert str(path) in str(caught.value)
     assert says in str(caught.value)
@@ -123,22 +143,21 @@ def test_the_backend_that_is_asked_first(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(measured, "fastest", lambda x, weight, *rest: fastest.get(weight.shape, "direct"))
         assert block_op.prefer(*block) is None
-    # on a card what it names comes first
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for name in ("cuda", "triton"):
-        monkeypatch.setattr(op, "prefer", lambda *args, name=name: name)
-        assert next(op.explain(OnCuda(x), *conv[1:]))[0] == name
 
 
-def test_the_user_s_own_file_is_read_once_and_named_in_errors(tmp_path):
-    path = tmp_path / "choices.json"
-    path.write_text("{}}")
-    program = "from fastsd_kernels.conv2d import measured; measured._table((9, 0))"
-    child = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {measured.ENVIRONMENT_VARIABLE: str(path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert f"{path}: expected a file of `python -m bench tune`" in child.stderr
+def test_the_backend_that_runs(monkeypatch):
+    x, weight = torch.empty(2, 8, 9, 8).half(), torch.empty(16, 8, 3, 3).half()
+    given = (OnCuda(x), weight, None, 2, [1] * 4, None, 0, None, None, 1e-5, None, None, "none", None, None, None, 1.0)
+    backends = [op.backends[name] for name in ("cuda", "triton", "reference")]
+    monkeypatch.setattr(op, "order", lambda device: [backend.name for backend in backends])
+    monkeypatch.setattr(op, "_available", lambda device: tuple(backends))
+    for backend in backends:
+        monkeypatch.setattr(backend.module, "unavailable", lambda: None)
+        monkeypatch.setattr(backend.module, "reject", lambda *args: None)
+    for fastest, first in ((None, "cuda"), ("direct", "cuda"), ("triton 64x64", "triton")):
+        monkeypatch.setattr(measured, "fastest", lambda *args, fastest=fastest: fastest)
+        assert op.choose(*given, None).name == first
+        assert next(op.explain(*given, None))[0] == first
+        assert op.choose(*given, None, backend="reference").name == "reference"
+    monkeypatch.setattr(backends[1].module, "reject", lambda *args: "not these")
+    assert op.choose(*given, None).name == "cuda"

@@ -1,19 +1,21 @@
 """Which implementation of a convolution is the fastest on a CUDA device: data, measured by ``python -m bench tune``.
 
-``measured.json`` of this package holds what has been measured so far; a file that ``$FASTSD_MEASURED`` names goes
-first. A convolution that nobody has measured runs as ``"direct"``, cuDNN between this library's passes. A file looks
-like this::
+``measured.json`` of this package holds what has been measured so far; a file that ``$FASTSD_MEASURED`` names, read
+once, goes first. A convolution that nobody has measured is left to the order of the backends, which begins with
+``"direct"``: cuDNN between this library's passes. A file looks like this::
 
     {"cuda:9.0": [{"kernel": 3, "stride": 1, "channels": 320, "out_channels": 320, "height": 64, "width": 64,
                    "fastest": "triton 128x64"}]}
 
-with the size of the result, and one of :data:`IMPLEMENTATIONS`. The elements are float16 or bfloat16.
+with the size of the result, and one of :data:`IMPLEMENTATIONS`. It speaks of channels-last maps of float16 or bfloat16
+at the batch that was measured, 2 unless that was chosen otherwise; it is used for any batch.
 """
 
 import functools
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.conv2d.triton_tiles import TILES, Tile
+from fastsd_kernels.layout import is_channels_last
 
 ENVIRONMENT_VARIABLE = "FASTSD_MEASURED"
 PACKAGE_FILE = Path(__file__).with_name("measured.json")
@@ -58,7 +61,7 @@ def fastest(
         return None
     if (name := _forced.get()) is not None:
         return name
-    if x.device.type != "cuda" or not (table := _table(torch.cuda.get_device_capability(x.device))):
+    if x.device.type != "cuda" or not (table := _table_of(x.device)) or not is_channels_last(x):
         return None
     height, width = output_size(upsample_size or x.shape[2:], weight.shape[2], stride, padding)
     return table.get(Shape(weight.shape[2], stride, weight.shape[1], weight.shape[0], height, width))
@@ -98,15 +101,15 @@ def read(path: Path) -> dict[str, Table]:
     """The tables of a file, by :func:`key`.
 
     Raises:
-        ValueError: it is none of ``python -m bench tune``.
+        ValueError: it is none of ``python -m bench tune --into``.
         OSError: it cannot be read.
     """
     try:
         devices = json.loads(path.read_text())
-        return {_checked_key(name): dict(map(_checked_row, rows)) for name, rows in devices.items()}
+        return {_checked_key(name): _checked_rows(rows) for name, rows in devices.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: expected a file of `python -m bench tune`; {type(error).__name__}: {error}"
+            f"{path}: expected a file of `python -m bench tune --into`; {type(error).__name__}: {error}"
         ) from None
 
 
@@ -119,25 +122,35 @@ def as_json(tables: dict[str, Table]) -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.cache
-def _table(capability: tuple[int, int]) -> Table:
-    own = os.environ.get(ENVIRONMENT_VARIABLE)
-    table: Table = {}
-    for path in (PACKAGE_FILE, *([Path(own)] if own else [])):
-        table |= read(path).get(key(capability), {})
+def _table_of(device: torch.device) -> Table:
+    name = key(torch.cuda.get_device_capability(device))
+    table = read(PACKAGE_FILE).get(name, {})
+    if own := os.environ.get(ENVIRONMENT_VARIABLE):
+        try:
+            table = table | read(Path(own)).get(name, {})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
     return table
 
 
 def _checked_key(name: str) -> str:
-    if not re.fullmatch(r"cuda:\d{1,2}\.\d", name):
-        raise ValueError(f"expected a device like 'cuda:9.0'; got {name!r}")
+    if not re.fullmatch(r"cuda:[0-9]{1,2}\.[0-9]", name):
+        raise ValueError(f"expected a device like 'cuda:9.0'; got {reprlib.repr(name)}")
     return name
+
+
+def _checked_rows(rows: list[dict[str, Any]]) -> Table:
+    table = dict(map(_checked_row, rows))
+    if len(table) != len(rows):
+        raise ValueError("expected each convolution once")
+    return table
 
 
 def _checked_row(row: dict[str, Any]) -> tuple[Shape, str]:
     sizes = {name: row[name] for name in Shape._fields}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= MOST:
-            raise ValueError(f"{name}: expected an integer from 1 to {MOST}; got {size!r}")
+            raise ValueError(f"{name}: expected an integer from 1 to {MOST}; got {reprlib.repr(size)}")
     if row["fastest"] not in IMPLEMENTATIONS:
-        raise ValueError(f"fastest: expected one of {', '.join(IMPLEMENTATIONS)}; got {row['fastest']!r}")
+        raise ValueError(f"fastest: expected one of {', '.join(IMPLEMENTATIONS)}; got {reprlib.repr(row['fastest'])}")
     return Shape(**sizes), row["fastest"]

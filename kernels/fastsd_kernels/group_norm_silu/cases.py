@@ -62,6 +62,13 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample(
                 f"skip_{layout}_{other}", {"x": x, "num_groups": 5, "skip": skip, **_parameters(20, 2, **like)}
             )
+        # many channels of few pixels, which the CPU cuts by groups: a piece straddles the seam, the last one is shorter
+        wide = {"x": feature_map((1, 850, 3, 2), layout, **like), "num_groups": 9, **_parameters(1152, 1, **like)}
+        yield Sample(f"wide_skip_{layout}", wide | {"skip": feature_map((1, 302, 3, 2), layout, **like, seed=4)})
+        # a shift of its own for each of many values, all far apart
+        short = {"x": feature_map((1, 3120, 1, 1), layout, **like), "num_groups": 24, **_parameters(3120, 1, **like)}
+        yield Sample(f"far_shifts_{layout}", short | {"channel_bias": short["channel_bias"] * 10})
+
         empty = feature_map((2, 0, 6, 5), layout, **like)
         yield Sample(f"empty_skip_{layout}", {"x": x, "num_groups": 4, "skip": empty})
         yield Sample(f"only_skip_{layout}", {"x": empty, "num_groups": 4, "skip": x})
