@@ -80,21 +80,21 @@ def run(options: argparse.Namespace) -> int:
     cache = options.cache or ("warm" if device.type == "cpu" else "cold")
     ceiling = copy_ceiling(device)
     found = Measured()
+    facts = {
+        "op": op.name,
+        "device": environment.device_name(device),
+        "cache": cache,
+        "commit": harness.commit(),
+        "versions": environment.versions(),
+    }
     with torch.no_grad(), tqdm(names, leave=False, disable=None) as bar:
         for name in bar:
             bar.set_postfix_str(name)
             sample = bench.sample(name, device, dtype)
             measure(op, bench, sample, cache == "cold", options.repeats, options.compile, found)
             if options.json:  # after every case: a run that is cut off keeps what it has measured
-                facts = {
-                    "op": op.name,
-                    "device": environment.device_name(device),
-                    "cache": cache,
-                    "commit": harness.commit(),
-                    "versions": environment.versions(),
-                }
                 harness.write_json(options.json, facts | {"rows": list(map(vars, found.rows))})
-    print(f"{op.name}, {arguments.dtype_name(dtype)}, {environment.device_name(device)}, caches {cache}")
+    print(f"{op.name}, {arguments.dtype_name(dtype)}, {facts['device']}, caches {cache}")
     print(f"a copy in memory reads and writes {ceiling / 1e9:.1f} GB/s")
     print(table(found.rows, ceiling))
     for sentence in (*found.unserved, *found.refusals):

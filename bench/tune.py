@@ -6,7 +6,7 @@ numerical contract first, and writes what was fastest to a file that :mod:`fasts
 
 import argparse
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def call(name: str, kwargs: dict[str, Any]) -> Tensor:
 def measure(sample: Sample, clock: harness.Clock, repeats: int) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of each implementation that keeps the contract, and why the others do not count."""
     left_out: dict[str, str] = {}
-    runs: dict[str, Callable[[], Tensor]] = {}
+    runs: dict[str, harness.Run] = {}
     try:
         exact = conv2d(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
         plain = conv2d(**sample.kwargs, backend="reference")
@@ -150,7 +150,7 @@ def measure(sample: Sample, clock: harness.Clock, repeats: int) -> tuple[dict[st
         except (BackendUnavailable, ContractViolation, torch.OutOfMemoryError) as error:
             left_out[name] = _line(error)
         else:
-            runs[name] = lambda name=name: call(name, sample.kwargs)  # type: ignore[misc]
+            runs[name] = partial(call, name, sample.kwargs)
     timings = harness.interleaved(runs, clock, repeats)
     return {name: timing.median for name, timing in timings.items()}, left_out
 

@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlockBytes = 192 * 1024;      // of a channels-last block; small against a core's L2
 constexpr int64_t kBlockMultiple = 8;            // blocks, or about as many bundles, of a sample: for 2, 4 or 8 threads
-constexpr int64_t kBundleBytes = 512 * 1024;     // the most of a bundle of groups; half of a core's L2
+constexpr int64_t kBundleBytes = 512 * 1024;     // the most of a bundle of groups; half of a 1 MiB L2
 constexpr int64_t kBundleChannels = 128;         // the fewest of a bundle: its rows are read and written piece by piece
 constexpr int64_t kBundleRows = 64;              // of a block of a bundle
 constexpr int64_t kFewestRows = 16;              // of a block, or its own cost outweighs its rows

@@ -11,7 +11,6 @@
 // that the hardware fetches each row ahead as a stream of its own.
 constexpr int64_t kBand = 8;
 
-// Neighbouring channels of a band, as many as V holds.
 static inline float* at(float* sums, int64_t channel) {
   return sums + channel;
 }
@@ -20,6 +19,7 @@ static inline Moments at(Moments sums, int64_t channel) {
   return sums.at(channel);
 }
 
+// Neighbouring channels of a band, as many as V holds.
 template <typename V, typename T>
 static inline __attribute__((always_inline)) void add_band(const T* x, int64_t rows, int64_t stride, float* sum) {
   V total, value;
@@ -95,7 +95,8 @@ static inline double sum_of_lanes(const F* lanes) {
   return sum;
 }
 
-// The same as plane_moments for planes that do not fill the lanes, each of which would take all planes' first elements.
+// The same as plane_moments for planes that do not fill the lanes, each of which would take all planes' first elements;
+// shift is not null.
 template <typename T>
 static void short_plane_moments(const T* x, int64_t count, int64_t n, const float* shift, double* mean,
                                 double* squares) {

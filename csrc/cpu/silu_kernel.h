@@ -10,7 +10,7 @@ static inline __attribute__((always_inline)) T in_register(T value) {
 
 // What follows the normalisation; make one outside the loop.
 //
-// SiLU is u / (1 + e) with e = exp(-u) = 2^n * p(r), n + r = -u / ln2, |r| <= 1/2, and p within 1e-7 of 2^r. The
+// SiLU is u / (1 + e) with e = exp(-u) = 2^n * p(r), n + r = -u / ln2, |r| <= 1/2, and p within 1.4e-7 of 2^r. The
 // exponent is clamped to where e is 0 for a large u and infinite for one below -88.37, so that the result is u and -0
 // there.
 // A NaN gives some number for e, and the quotient restores it. The clamps compare bit patterns: as integers the

@@ -193,8 +193,8 @@ class Op:
             BackendUnavailable: the backend that was named refuses; the message is its sentence.
         """
         forced, source = backend, "backend"
-        if forced is None and ENVIRONMENT_VARIABLE in os.environ:
-            forced, source = os.environ[ENVIRONMENT_VARIABLE] or None, ENVIRONMENT_VARIABLE
+        if forced is None:
+            forced, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
         if forced is None:
             candidates: Iterable[Backend] = self._available(args[0].device)
             if (preferred := self._preferred(*args)) is not None:
