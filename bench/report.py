@@ -20,6 +20,7 @@ import torch
 
 from bench.harness import ROOT, commit
 from fastsd.cli.table import markdown_table
+from fastsd_kernels.conv2d import measured
 
 NOT_RUN = "not run: out of time"
 SHORTEST_STEP_S = 5
@@ -27,16 +28,21 @@ SHORTEST_STEP_S = 5
 
 @dataclass(frozen=True)
 class Step:
-    """A command of this Python, the most seconds it may take, and the result file it writes, if any."""
+    """A command of this Python, the most seconds it may take, and the result file it writes, if any, with its option.
+
+    ``variable``: of the environment of the steps behind it, names the result file from then on.
+    """
 
     name: str
     arguments: tuple[str, ...]
     limit_s: float
     result: str | None = None
+    option: str = "--json"
+    variable: str | None = None
 
     def command(self, out: Path) -> list[str]:
         """What is executed; a result file goes to ``out``."""
-        return [sys.executable, "-m", *self.arguments, *(["--json", str(out / self.result)] if self.result else [])]
+        return [sys.executable, "-m", *self.arguments, *([self.option, str(out / self.result)] if self.result else [])]
 
     def described(self) -> str:
         """The command as a user types it."""
@@ -104,7 +110,15 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
         doctor,
         _op("group_norm_silu", "float32", 90),
         _unet("sd15", "float16", 2, "eager,compile-max,fastsd", 400, repeats=20, suffix="-compile-max"),
-        Step("tune-float16", ("bench", "tune", "--models", "sd15", "--repeats", "10"), 240, "tune-float16.json"),
+        Step(
+            "tune-float16",
+            ("bench", "tune", "--models", "sd15", "--repeats", "10"),
+            240,
+            "measured.json",
+            option="--into",
+            variable=measured.ENVIRONMENT_VARIABLE,
+        ),
+        _unet("sd15", "float16", 2, "channels_last,fastsd-channels_last", 90, repeats=20, suffix="-tuned"),
         _op("group_norm_silu", "bfloat16", 90),
         _unet("sd15", "float32", 1, f"{stock},{fast}", 90),
     )
@@ -124,6 +138,8 @@ def run_steps(steps: Sequence[Step], out: Path, deadline: float) -> list[Outcome
             print(f"{step.name}: {step.described()}", file=sys.stderr)
             outcomes.append(_execute(step, out, min(step.limit_s, left), environment))
             (out / f"{step.name}.txt").write_text(outcomes[-1].output)
+            if step.variable and step.result and (out / step.result).exists():
+                environment[step.variable] = str((out / step.result).resolve())
         (out / "report.md").write_text(markdown(steps, outcomes, note))
     return outcomes
 

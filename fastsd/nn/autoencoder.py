@@ -1,4 +1,4 @@
-"""diffusers' VAE encoder and decoder: channels last from end to end, and the end itself as one op."""
+"""diffusers' VAE encoder and decoder: on the CPU channels last from end to end, and the end itself as one op."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -33,7 +33,9 @@ def _runs_stock(module: stock.Encoder | stock.Decoder, sample: Tensor) -> bool:
 
 def _through(module: Any, sample: Tensor, blocks: Iterable[nn.Module], *others: Any) -> Tensor:
     """``conv_out(silu(norm(blocks(conv_in(sample)))))``, in the layout that the stock forward gives."""
-    x = module.conv_in(sample).contiguous(memory_format=torch.channels_last)
+    x = module.conv_in(sample)
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
     for block in blocks:
         x = block(x, *others)
     y = convolve(module, "conv_out", x, norm=module.conv_norm_out, activation="silu")

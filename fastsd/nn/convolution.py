@@ -11,8 +11,10 @@ from fastsd.nn.plain import why_not_plain
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import conv2d, group_norm_silu
 from fastsd_kernels.checks import DTYPES
+from fastsd_kernels.conv2d import measured
 from fastsd_kernels.conv2d.reference import epilogue
 
+_DEVICES = ("cpu", "cuda")
 _STOCK_FORWARD = nn.Conv2d._conv_forward
 
 
@@ -55,7 +57,11 @@ def convolve(
     backend = None if settings is None else settings.backend
     parameters = norm_parameters(x, norm, scale_shift)
     others = (channel_bias, residual, *(parameters or {}).values())
-    if settings is None or parameters is None or not is_fused(owner, name, x, *others):
+    if (
+        settings is None
+        or parameters is None
+        or not is_fused(owner, name, x, *others, padding=padding, upsample_size=upsample_size)
+    ):
         z = x if norm is None else normalise(owner, x, norm, input_bias, scale_shift, activation)
         z = F.silu(z) if norm is None and activation == "silu" else z
         z = z if upsample_size is None else F.interpolate(z, size=tuple(upsample_size), mode="nearest")
@@ -64,7 +70,6 @@ def convolve(
         return epilogue(y, None, residual, output_scale)
 
     keep_copies(owner, name)
-    (vertical, horizontal), (left, right, top, bottom) = conv.padding, padding
     x = x if input_bias is None else x + input_bias
     row = None if channel_bias is None else row_of(channel_bias, x, conv.out_channels)
     # what does not fit the op broadcasts or promotes as a sum does
@@ -76,7 +81,7 @@ def convolve(
         conv.weight,
         conv.bias,
         conv.stride[0],
-        (left + horizontal, right + horizontal, top + vertical, bottom + vertical),
+        _whole_padding(conv, padding),
         **parameters,
         activation=activation,
         upsample_size=upsample_size,
@@ -90,13 +95,19 @@ def convolve(
     return epilogue(y if channel_bias is None else y + channel_bias, None, residual, output_scale)
 
 
-def is_fused(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
+def is_fused(
+    owner: nn.Module,
+    name: str,
+    x: Tensor,
+    *others: Any,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    upsample_size: Sequence[int] | None = None,
+) -> bool:
     """Whether ``owner.<name>`` on ``x`` is a convolution that the op computes, and nobody asked for anything else.
 
-    ``others``: what else goes into it.
+    ``others``: what else goes into it. The rest as for :func:`convolve`.
 
-    With a gradient wanted it is not: the op keeps less for the backward pass than torch, and computes more in it. Nor
-    is it on a GPU yet, whatever was measured there.
+    With a gradient wanted it is not: the op keeps less for the backward pass than torch, and computes more in it.
     """
     conv = getattr(owner, name)
     return (
@@ -106,7 +117,27 @@ def is_fused(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
         and x.shape[2] > 0
         and x.shape[3] > 0
         and is_inference(conv, x, *others)
+        and is_chosen(x, conv, padding, upsample_size)
     )
+
+
+def is_chosen(
+    x: Tensor,
+    conv: nn.Conv2d,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    upsample_size: Sequence[int] | None = None,
+) -> bool:
+    """Whether the op is to compute a convolution that it knows, rather than torch.
+
+    On a CPU it is, and chooses its algorithm by itself. On a GPU it is where it was measured to be faster: see
+    :mod:`fastsd_kernels.conv2d.measured`. A compiler cannot look that up.
+    """
+    if x.device.type == "cpu":
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    fastest = measured.fastest(x, conv.weight, conv.stride[0], _whole_padding(conv, padding), upsample_size)
+    return fastest not in (None, measured.DIRECT)
 
 
 def keep_copies(owner: nn.Module, *names: str) -> None:
@@ -135,18 +166,26 @@ def is_op_convolution(owner: nn.Module, name: str) -> bool:
 
 
 def is_inference(conv: nn.Conv2d | nn.Linear, x: Tensor, *others: Any) -> bool:
-    """Whether a convolution or projection of ``x`` may run as the op: on the CPU, in one dtype, no gradient wanted.
+    """Whether a convolution or projection of ``x`` may run as the op: in one dtype, no gradient wanted.
 
     ``others``: what else goes into it.
     """
     return (
-        x.device.type == conv.weight.device.type == "cpu"
+        x.device == conv.weight.device
+        and x.device.type in _DEVICES
         and x.dtype == conv.weight.dtype
         and x.dtype in DTYPES
         and (conv.bias is None or conv.bias.dtype == x.dtype)
         and not torch.is_autocast_enabled(x.device.type)
         and not (torch.is_grad_enabled() and _wants_gradient(x, conv.weight, conv.bias, *others))
     )
+
+
+def _whole_padding(conv: nn.Conv2d, padding: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """``padding`` and the convolution's own."""
+    assert not isinstance(conv.padding, str)  # is_op_convolution says so
+    (vertical, horizontal), (left, right, top, bottom) = conv.padding, padding
+    return left + horizontal, right + horizontal, top + vertical, bottom + vertical
 
 
 def _wants_gradient(*values: Any) -> bool:

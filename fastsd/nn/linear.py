@@ -32,7 +32,8 @@ def is_fused(holder: nn.Module, name: str, x: Tensor) -> bool:
     """Whether ``holder.<name>`` on ``x`` is computed by the op."""
     layer = getattr(holder, name)
     return (
-        cpu_speed.is_faster()
+        x.device.type == "cpu"
+        and cpu_speed.is_faster()
         and why_not_plain(holder, name, nn.Linear) is None
         and x.dim() == 3
         and x.dtype == torch.float32

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastsd.nn.convolution import (
     convolve,
     example_convolution,
+    is_chosen,
     is_fused,
     is_inference,
     is_op_convolution,
@@ -128,7 +129,8 @@ def one_call(block: stock.ResnetBlock2D, x: Tensor, skip: Tensor | None, temb: T
         and x.shape[1] + sum(other.shape[1] for other in others) == conv1.in_channels
         and x.shape[2:].numel() > 0
         and all(
-            is_inference(getattr(block, name), x, temb, *others, *_of_norms(block)) for name in _convolutions(block)
+            is_inference(conv, x, temb, *others, *_of_norms(block)) and is_chosen(x, conv)
+            for conv in (getattr(block, name) for name in _convolutions(block))
         )
     ):
         return None

@@ -12,6 +12,7 @@ import pytest
 from bench import report
 from bench.__main__ import main, parser
 from bench.providers import check_providers
+from fastsd_kernels.conv2d import measured
 
 
 def test_steps_end_in_every_way(tmp_path):
@@ -54,9 +55,30 @@ def test_every_step_is_a_command_that_exists(has_gpu, tmp_path):
         assert importlib.util.find_spec(module) is not None
         if module == "bench":
             options = parser().parse_args(arguments)
-            assert options.json == tmp_path / step.result
+            assert getattr(options, step.option.removeprefix("--")) == tmp_path / step.result
             if arguments[0] == "unet" and not has_gpu:
                 check_providers(options.providers.split(","), options.device)
+
+
+def test_what_was_tuned_serves_the_steps_behind_it(tmp_path, monkeypatch):
+    tune, use = (step for step in report.steps_for(has_gpu=True) if "tune" in step.name)
+    assert (tune.option, tune.variable) == ("--into", measured.ENVIRONMENT_VARIABLE)
+    assert "fastsd-channels_last" in " ".join(use.arguments)  # the choices are of such maps
+
+    program = tmp_path / "writes_and_prints.py"
+    program.write_text(
+        "import os, pathlib, sys\n"
+        "print('found', os.environ.get('FASTSD_MEASURED'))\n"
+        "if '--into' in sys.argv: pathlib.Path(sys.argv[-1]).write_text('{}')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    steps = (
+        report.Step("before", ("writes_and_prints",), 30),
+        report.Step("tune", ("writes_and_prints",), 30, "m.json", option="--into", variable="FASTSD_MEASURED"),
+        report.Step("behind", ("writes_and_prints",), 30),
+    )
+    outcomes = report.run_steps(steps, tmp_path, time.monotonic() + 60)
+    assert [o.output.strip() for o in outcomes] == ["found None", "found None", f"found {tmp_path / 'm.json'}"]
 
 
 def test_a_cpu_has_its_algorithms_and_the_blocks_of_a_vae():

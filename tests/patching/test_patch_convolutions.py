@@ -1,5 +1,7 @@
 """Convolutions of replaced modules: one op where they are plain, the module itself where anything else is asked."""
 
+import collections
+import contextlib
 import weakref
 from typing import Any, ClassVar
 
@@ -12,11 +14,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
+from fastsd.nn import convolution
 from fastsd.nn.replacement import settings_of
-from fastsd_kernels.conv2d import cpu_costs, cpu_impl
-from tests.patching.models import assert_as_stock, assert_layout, build, call, fused_convolutions
+from fastsd_kernels.conv2d import cpu_costs, cpu_impl, measured
+from tests.patching.models import assert_as_stock, assert_layout, blocks, build, call, fused_convolutions
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -300,3 +304,70 @@ def test_a_vae_and_a_controlnet_are_fused():
         model = fastsd.patch(build(name))
         assert isinstance(model, diffusers.ModelMixin)
         assert fused_convolutions(lambda: call(model)) >= 8  # noqa: B023 (called at once)
+
+
+@pytest.fixture
+def ops_on_a_card(monkeypatch):
+    """Counts how often each op runs in a call of a model, patched, on what takes the place of a card.
+
+    Shapes, layouts, dtypes and every decision are real; values are not computed, since the place is the meta device.
+    """
+    monkeypatch.setattr(convolution, "_DEVICES", ("meta",))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # refuses the meta device
+
+    def count(model, memory_format=torch.channels_last, dtype=torch.float16):
+        counts = collections.Counter()
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                counts[function.name().removeprefix("fastsd::")] += function.namespace == "fastsd"
+                return function(*args, **kwargs or {})
+
+        fastsd.patch(model).to("meta", dtype).to(memory_format=memory_format)
+        channels = 3 if isinstance(model, diffusers.AutoencoderKL) else model.config.in_channels
+        x = torch.empty(2, channels, 16, 16, device="meta", dtype=dtype).contiguous(memory_format=memory_format)
+        others = torch.empty((), device="meta"), torch.empty(2, 7, 8, device="meta", dtype=dtype)
+        with torch.no_grad(), Count():
+            model(x, *(() if isinstance(model, diffusers.AutoencoderKL) else others))
+        return +counts
+
+    return count
+
+
+@pytest.mark.parametrize("fastest", ["implicit_gemm", "triton 128x64"])
+def test_on_a_card_where_the_op_was_measured_to_be_faster(fastest, ops_on_a_card):
+    with measured.forced(fastest):
+        counts = ops_on_a_card(build())
+    # proj_in and proj_out of four transformers, two samplings
+    assert counts == {"resnet_block": 8, "conv2d": 2 * 4 + 2}
+
+
+@pytest.mark.parametrize("fastest", ["direct", None])
+def test_on_a_card_where_it_was_not(fastest, ops_on_a_card):
+    with contextlib.nullcontext() if fastest is None else measured.forced(fastest):
+        counts = ops_on_a_card(build())
+    assert counts == {"group_norm_silu": 2 * 8 + 4}  # of blocks and transformers
+
+
+def test_on_a_card_each_convolution_is_chosen_for_itself(ops_on_a_card, monkeypatch):
+    only = "implicit_gemm"
+    monkeypatch.setattr(measured, "fastest", lambda x, weight, *rest: only if weight.shape[:2] == (4, 4) else None)
+    counts = ops_on_a_card(build(), torch.contiguous_format)
+    model = build()
+    whole = [b for b in blocks(model) if b.conv1.weight.shape[:2] == (4, 4) and b.conv_shortcut is None]
+    second = [b for b in blocks(model) if b.conv2.weight.shape[:2] == (4, 4)]
+    assert counts["resnet_block"] == len(whole) > 0
+    assert len(second) > len(whole)  # blocks of which only the second convolution is the op's
+    assert counts["conv2d"] >= len(second) - len(whole)
+
+
+def test_on_a_card_in_a_dtype_that_is_not_measured(ops_on_a_card):
+    with measured.forced("implicit_gemm"):
+        assert ops_on_a_card(build(), dtype=torch.float32) == {"group_norm_silu": 2 * 8 + 4}
+
+
+def test_on_a_card_the_vae(ops_on_a_card):
+    with measured.forced("implicit_gemm"):
+        counts = ops_on_a_card(build("vae"))
+    # samplings, and the ends that have a norm
+    assert counts == {"resnet_block": 10, "conv2d": 2 + 2}
