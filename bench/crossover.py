@@ -1,7 +1,6 @@
 """``python -m bench crossover``: conv2d's algorithms on the CPU by channels and size, and which is chosen."""
 
 import argparse
-import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ ALGORITHMS = ("direct", "product", "winograd2", "winograd4")
 CHANNELS = (64, 128, 320, 640, 1280)
 SIDES = (8, 16, 32, 64, 128)
 MOST_FLOPS = 60e9
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,13 @@ class Row:
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("crossover", help="time conv2d's algorithms on the CPU, and show what is chosen")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help=f"draw it there; ends in {', '.join(PLOT_SUFFIXES)}")
-    file = parser.add_mutually_exclusive_group()
-    file.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
-    file.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show that result; measure nothing")
+    harness.add_result_options(parser)
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     if options.plot:
-        check_plot(options.plot)
+        harness.check_plot(options.plot)
     device, rows = read(options.source) if options.source else measure_all(options.repeats, options.json)
     title = f"3×3, batch 1, float32, channels_last, weights transformed before; {device}"
     print(title)
@@ -58,14 +53,6 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         plot(options.plot, title, rows)
     return 0
-
-
-def check_plot(path: Path) -> None:
-    """Raise if a plot cannot be drawn to ``path``: before minutes go into measuring."""
-    if path.suffix not in PLOT_SUFFIXES:
-        raise ValueError(f"--plot: expected a file that ends in {', '.join(PLOT_SUFFIXES)}; got {str(path)!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib, or the extra `bench` of fastsd")
 
 
 def read(path: Path) -> tuple[str, list[Row]]:

@@ -4,6 +4,8 @@ Absolute times on a busy machine say nothing. Everything that is compared runs i
 warm-up; the table shows medians with the 20th and 80th percentile, and speed-ups are ratios of such medians.
 """
 
+import argparse
+import importlib.util
 import json
 import subprocess
 import time
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
@@ -149,3 +153,20 @@ def write_json(path: Path, result: Any) -> None:
 def milliseconds(seconds: float) -> str:
     """Four digits, or all before the point."""
     return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.4g}"
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """``--plot PATH``, and ``--json PATH`` or ``--from JSON``, an earlier result that is shown instead of a new one."""
+    suffixes = ", ".join(PLOT_SUFFIXES)
+    parser.add_argument("--plot", type=Path, metavar="PATH", help=f"draw it there; ends in {suffixes}")
+    file = parser.add_mutually_exclusive_group()
+    file.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
+    file.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show that result; measure nothing")
+
+
+def check_plot(path: Path) -> None:
+    """Raise if a plot cannot be drawn to ``path``: before minutes go into measuring."""
+    if path.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"--plot: expected a file that ends in {', '.join(PLOT_SUFFIXES)}; got {str(path)!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib, or the extra `bench` of fastsd")

@@ -131,11 +131,11 @@ def measure(
     calls = [sample.kwargs] * min(MOST_CALLS, math.ceil(RUN_BYTES / traffic))
     if cold:
         calls = [sample.map_tensors(lambda t: t.clone(memory_format=torch.preserve_format)).kwargs for _ in calls]
-    clock = _clock(sample.kwargs["x"].device, cold)
+    clock = _clock(_first(sample).device, cold)
     timings = harness.interleaved(
         {name: _over(calls, function) for name, function in providers.items()}, clock, repeats
     )
-    dtype = arguments.dtype_name(sample.kwargs["x"].dtype)
+    dtype = arguments.dtype_name(_first(sample).dtype)
     found.rows += [
         Row(
             case=sample.name,
@@ -185,18 +185,32 @@ def _candidates(op: Op, bench: ModuleType, sample: Sample, with_compile: bool) -
         return lambda **kwargs: public(**kwargs, backend=backend)
 
     candidates = {"fastsd": public}
-    if sample.kwargs["x"].device.type == "cuda":
-        for name in op.order(sample.kwargs["x"].device):
+    device = _first(sample).device
+    if device.type == "cuda":
+        for name in op.order(device):
             if name != "reference" and op.backends[name].unavailable() is None:
                 candidates[name] = forced(name)
     if with_compile:
         torch.compiler.reset()
         candidates["compile"] = torch.compile(bench.eager, dynamic=False)
-    return candidates
+    return candidates | _others(bench, device, with_compile)
+
+
+def _others(bench: ModuleType, device: torch.device, with_compile: bool) -> dict[str, Callable[..., Tensor]]:
+    """What a benchmark compares with beside ``eager``, where that computes another function than the op."""
+    return bench.others(device, with_compile) if hasattr(bench, "others") else {}
+
+
+def _first(sample: Sample) -> Tensor:
+    return next(value for value in sample.kwargs.values() if isinstance(value, Tensor))
 
 
 def _check(op: Op, bench: ModuleType, sample: Sample, name: str, function: Callable[..., Tensor]) -> None:
-    if name == "compile":
+    if (other := _others(bench, _first(sample).device, True).get(name)) is not None:
+        public = getattr(fastsd_kernels, op.name)
+        exact = public(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
+        assert_contract(other(**sample.kwargs), exact, public(**sample.kwargs, backend="reference"))
+    elif name == "compile":
         exact = bench.eager(**sample.map_tensors(Tensor.double).kwargs)
         assert_contract(function(**sample.kwargs), exact, bench.eager(**sample.kwargs))
     else:

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import fastsd
 from fastsd import models
+from fastsd.gri import highest_level
 
 Call = Callable[[], Any]
 
@@ -41,10 +42,14 @@ def _captured(call: Call) -> Call:
 
 @dataclass(frozen=True)
 class Provider:
-    """How the model is laid out, whether fastsd patches it, and what goes around the call."""
+    """How the model is laid out, whether fastsd patches it, and what goes around the call.
+
+    ``gri``: at the highest level that has transformers, whatever it says itself.
+    """
 
     channels_last: bool = False
     patched: bool = False
+    gri: fastsd.GRI | None = None
     around: Callable[[Call], Call] = lambda call: call
     cuda_only: bool = False
 
@@ -56,6 +61,7 @@ PROVIDERS: dict[str, Provider] = {
     "compile-max": Provider(around=_compiled_max, cuda_only=True),
     "cudagraph": Provider(around=_captured, cuda_only=True),
     "fastsd": Provider(patched=True),
+    "fastsd+gri": Provider(patched=True, gri=fastsd.GRI()),
     "fastsd-channels_last": Provider(patched=True, channels_last=True),
     "fastsd-compile": Provider(patched=True, around=_compiled),
     "fastsd-cudagraph": Provider(patched=True, around=_captured, cuda_only=True),
@@ -101,7 +107,7 @@ def _dressed(provider: Provider, own: models.Model, inputs: dict[str, Any]) -> C
     if provider.channels_last:
         inputs = {key: _channels_last(value) for key, value in inputs.items()}
     if provider.patched:
-        fastsd.patch(own)
+        fastsd.patch(own, gri=provider.gri and replace(provider.gri, levels=highest_level(own)))
     call = models.entry_point(own)
     return provider.around(lambda: call(**inputs))
 

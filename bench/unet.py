@@ -4,7 +4,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastsd
 from bench import footprint, harness
-from bench.providers import PROVIDERS, check_providers, prepare
+from bench.providers import PROVIDERS, check_providers, prepare, twin
 from fastsd import models
 from fastsd.cli import arguments, environment
 from fastsd.cli.table import text_table
+from fastsd.gri import highest_level
 
 FLOAT32_LIMIT = 1e-4
 HALF_LIMIT = 1.5
@@ -112,7 +114,9 @@ def compare(
     """Check every provider against the contract, then time those that keep it, interleaved.
 
     The error of a float32 run is taken against eager, that of a float16 or bfloat16 run against the same weights
-    and inputs in float32. ``on_round`` is given what is known after each round, to keep what a cut would lose.
+    and inputs in float32. A provider that computes another function is held against the reference of that function;
+    the error that is shown is its distance from eager. ``on_round`` is given what is known after each round, to keep
+    what a cut would lose.
     """
     harness.use(model.device)
     comparison, runs = Comparison(), {}
@@ -127,11 +131,14 @@ def compare(
                 bar.set_postfix_str(name)
                 try:
                     call = eager if name == "eager" else prepare(name, model, inputs)
-                    error = harness.relative_l2(models.flat_output(call()), exact)
+                    output = models.flat_output(call())
+                    error = own_error = harness.relative_l2(output, exact)
+                    if (gri := PROVIDERS[name].gri) is not None:
+                        own_error = harness.relative_l2(output, _in_float32(model, inputs, gri))
                 except Exception as failure:  # a baseline that cannot run must not take the others with it
                     comparison.refusals[name] = f"{name} failed: {' '.join(str(failure).split())}"
                     continue
-                refusal = outside_contract(name, error, stock_error, model.dtype)
+                refusal = outside_contract(name, own_error, stock_error, model.dtype)
                 if refusal is None:
                     runs[name], comparison.errors[name] = call, error
                 else:
@@ -207,8 +214,12 @@ def table(comparison: Comparison) -> str:
     return text_table(("provider", "median ms", "p20", "p80", "relative L2", *columns, "speed-up of fastsd"), rows)
 
 
-def _in_float32(model: models.Model, inputs: dict[str, Any]) -> Tensor:
-    return models.flat_output(models.entry_point(models.float32_copy(model))(**_widened(inputs)))
+def _in_float32(model: models.Model, inputs: dict[str, Any], gri: fastsd.GRI | None = None) -> Tensor:
+    """What the model gives in float32; with ``gri`` by the reference."""
+    copy = twin(model) if model.dtype == torch.float32 else models.float32_copy(model)
+    if gri is not None:
+        fastsd.patch(copy, rules=[], backend="reference", gri=replace(gri, levels=highest_level(copy)))
+    return models.flat_output(models.entry_point(copy)(**_widened(inputs)))
 
 
 def _widened(value: Any) -> Any:

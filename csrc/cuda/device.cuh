@@ -56,6 +56,17 @@ __device__ inline float silu(float x) {
   return __fdividef(x, 1.0f + expf(-x));
 }
 
+// 2^x to 2 ulp, and 0 where that is subnormal: one instruction instead of exp2f's four.
+__device__ inline float exp2_fast(float x) {
+#ifdef FASTSD_HOST
+  return exp2f(x);
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#endif
+}
+
 // ---- memory
 
 template <int kBytes>

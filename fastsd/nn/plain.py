@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.Linear, nn.SiLU)}
+_KNOWN: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.Linear, nn.SiLU)
+_FORWARDS = {cls: cls.forward for cls in _KNOWN}
 
 # functional_call puts plain tensors in the place of parameters, torch.export puts fake ones
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -48,6 +49,12 @@ def is_overwritten(cls: type[nn.Module], name: str = "forward") -> bool:
         return cls.forward is not _FORWARDS[cls]
     owner = next(base for base in cls.__mro__ if name in vars(base))
     return vars(owner)[name].__module__ != owner.__module__
+
+
+def remember(cls: type[nn.Module]) -> None:
+    """Let :func:`is_overwritten` compare with the ``forward`` that ``cls`` has now, as compilers can."""
+    if not is_overwritten(cls):
+        _FORWARDS[cls] = cls.forward
 
 
 def is_idle(owner: nn.Module, name: str) -> bool:

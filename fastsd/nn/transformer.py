@@ -7,6 +7,7 @@ from diffusers.models.transformers import transformer_2d as stock
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import convolve, example_convolution, normalise
+from fastsd.nn.gri_attention import tell_grid
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings
 
@@ -23,6 +24,22 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
 
     Tokens ``[B, H·W, C]`` are a channels-last map seen otherwise, so nothing is copied between the two.
     """
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, C, H, W]
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if active_settings(self) is not None and self.is_input_continuous:
+            cross_attention_kwargs = tell_grid(self.transformer_blocks, hidden_states, cross_attention_kwargs)
+        given: Any = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels, cross_attention_kwargs)
+        return super().forward(hidden_states, *given, *args, **kwargs)
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         if active_settings(self) is None or why_stock(self) is not None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastsd.gri import GRI
 from fastsd.nn.replacement import SETTINGS, Settings, settings_of
 from fastsd.patching.plan import Change, Plan, plan_patch, plan_unpatch
 from fastsd.patching.rule import Rule
@@ -21,6 +22,7 @@ def patch(
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
     max_extra_memory: int | None = None,
+    gri: GRI | None = None,
 ) -> Model:
     """Replace every module that a rule knows by its fast twin: same weights, same function.
 
@@ -45,14 +47,17 @@ def patch(
             with; ``None`` for what an earlier patch of the model set, else the bytes of its parameters.
             Each call that sets a new bound counts from zero, so patch a model as a whole. Copies are made when a
             layer first runs, and again when its weights have changed; 0 keeps none.
+        gri: puts global-regional interactive attention in the place of some self-attentions, which changes what the
+            model computes; ``None`` for what an earlier patch of the model set, at first none. :func:`report` calls
+            such layers approximate.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: ``model`` is neither a module nor a pipeline.
-        ValueError: ``model`` holds no module that a rule knows, there is no such backend or rule, or
-            ``max_extra_memory`` is not a number of bytes.
+        TypeError: ``model`` is neither a module nor a pipeline, or ``gri`` no :class:`fastsd.GRI`.
+        ValueError: ``model`` holds no module that a rule knows, there is no such backend or rule,
+            ``max_extra_memory`` is not a number of bytes, or ``gri`` names a level without transformers.
         PatchError: ``strict``, and some module was refused; the message names each with the reason.
         BackendUnavailable: ``backend`` cannot run here, or not where the model is.
 
@@ -61,7 +66,7 @@ def patch(
     Warns:
         UserWarning: not ``strict``, and some module was refused; :func:`report` names each with the reason.
     """
-    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, max_extra_memory=max_extra_memory)
+    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, max_extra_memory=max_extra_memory, gri=gri)
     make(plan.changes)
     _warn_of_refusals(plan)
     return model
@@ -92,13 +97,14 @@ def patched(
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
     max_extra_memory: int | None = None,
+    gri: GRI | None = None,
 ) -> Iterator[Model]:
     """Patch ``model`` for the length of a ``with`` block; arguments and errors are those of :func:`patch`.
 
     On exit it undoes what it did and nothing else: a module that was patched before stays patched, with the
     settings that it had, and one that was patched anew inside the block keeps what it got there.
     """
-    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, max_extra_memory=max_extra_memory)
+    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, max_extra_memory=max_extra_memory, gri=gri)
     before = make(plan.changes)
     _warn_of_refusals(plan)
     try:

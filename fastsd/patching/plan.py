@@ -1,13 +1,16 @@
 """The first phase of a patch: decide every change, and find every reason not to, before any is made."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from fastsd.gri import GRI, levels_of
 from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
+from fastsd.patching.rules.gri_attention import GRIRule, gri_rule
+from fastsd.patching.rules.transformer import TRANSFORMER
 from fastsd.patching.survey import Finding, parts_of, survey
 from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.dispatch import BACKENDS
@@ -41,15 +44,17 @@ def plan_patch(
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
     max_extra_memory: int | None = None,
+    gri: GRI | None = None,
 ) -> Plan:
     """The plan of ``patch``, with its arguments and its errors; changes nothing."""
-    chosen = select_rules(rules)
+    chosen = select_rules(rules) if gri is None else _with_gri(select_rules(rules), model, gri)
     # by module: parts may share some
     by_module = {
         finding.module: replace(finding, path=f"{part}.{finding.path}" if part else finding.path)
         for part, root in parts_of(model).items()
         for finding in survey(root, chosen)
-        if finding.rule in chosen
+        # without a new choice of GRI attention the old one stays, and gets the other arguments
+        if finding.rule in chosen or (gri is rules is None and isinstance(finding.rule, GRIRule))
     }
     known = list(by_module.values())
     if not known:
@@ -66,14 +71,39 @@ def plan_patch(
     if strict and refused:
         raise PatchError(f"{len(refused)} of {len(known)} modules cannot be replaced: {describe(refused)}")
     budget = _budget(model, max_extra_memory)
-    changes = []
+    changes = [] if gri is None else _without_earlier_gri(model, by_module)
     for finding in known:
-        if finding.rule is not None and finding.refusal is None:
+        # a module that is replaced already may be refused for now, and run the fast forward again later
+        is_earlier = isinstance(finding.rule, GRIRule) and settings_of(finding.module) is not None
+        if finding.rule is not None and (finding.refusal is None or is_earlier):
             _require_backend(finding.rule, finding.module, backend)
             change = _change(finding.rule, finding.module, backend, budget)
             if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):
                 changes.append(change)
     return Plan(tuple(changes), refused)
+
+
+def _with_gri(chosen: tuple[Rule, ...], model: Any, gri: GRI) -> tuple[Rule, ...]:
+    """The rules, and what ``gri`` needs: its own, and that of the transformers, which know the size of the map."""
+    if not isinstance(gri, GRI):
+        raise TypeError(f"gri: expected a fastsd.GRI, or None; got {type(gri).__name__}")
+    there = {level for root in parts_of(model).values() for level in levels_of(root)}
+    if not there.issuperset(gri.levels):
+        found = ", ".join(map(str, sorted(there))) or "none; it looks for a U-Net or ControlNet"
+        raise ValueError(f"gri: expected levels of the model that have transformers ({found}); got {gri.levels}")
+    needed = [rule for rule in (TRANSFORMER, gri_rule(gri)) if rule not in chosen]
+    return select_rules([*chosen, *needed])
+
+
+def _without_earlier_gri(model: Any, by_module: Container[nn.Module]) -> list[Change]:
+    """Stock again: what an earlier patch gave GRI attention, and the new choice leaves out."""
+    changes = []
+    for root in parts_of(model).values():
+        for module in root.modules():
+            settings = settings_of(module)
+            if settings is not None and isinstance(settings.rule, GRIRule) and module not in by_module:
+                changes.append(Change(module, settings.stock, None))
+    return changes
 
 
 def plan_unpatch(model: Any) -> Plan:

@@ -26,6 +26,7 @@ class Entry:
         rule: the name of the rule that knows its class.
         backends: per op that it calls, the backend that would serve it now, where the model is.
         reason: why it runs its stock forward; ``None`` where it runs the fast one.
+        approximate: whether it runs a fast one that computes another function.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Entry:
     rule: str | None
     backends: dict[str, str]
     reason: str | None
+    approximate: bool = False
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -43,6 +45,7 @@ class Entry:
         """What became of the module, in the words of a report's table."""
         calls = ", ".join(f"{op} [{backend}]" for op, backend in self.backends.items())
         became = f"replaced by {self.rule}" if self.replaced else "left"
+        became = f"{became} (approximate)" if self.approximate else became
         became = f"{became} → {calls}" if calls else became
         return became if self.reason is None else f"{became}: {self.reason}"
 
@@ -119,7 +122,8 @@ def _entry(finding: Finding) -> Entry:
         reason = NOT_PATCHED
     runs_fast = reason is None
     backends = _backends(rule, module, None if settings is None else settings.backend) if runs_fast else {}
-    return Entry(finding.path, type(module).__name__, settings is not None, rule.name, backends, reason)
+    approximate = runs_fast and rule.approximate
+    return Entry(finding.path, type(module).__name__, settings is not None, rule.name, backends, reason, approximate)
 
 
 def _backends(rule: Rule, module: nn.Module, backend: str | None) -> dict[str, str]:

@@ -33,6 +33,9 @@ class Rule:
         reject: why this module cannot be replaced, as a sentence; ``None`` where it can.
         op_calls: the ops that the replacement of a module calls, by name, each with arguments such as the module
             would give. A report names the backend that serves them, and a backend that is forced must serve them.
+        approximate: whether a replaced module computes another function than the stock one.
+        inside: what a module has to be inside of for its replacement to work, by the target of another rule that has
+            to replace that; ``None`` where it stands alone.
         passes_on: children that stay modules of their own, for which the rules are asked too. All other modules
             inside belong to the one that is replaced.
     """
@@ -43,6 +46,12 @@ class Rule:
     reject: Callable[[nn.Module], str | None]
     op_calls: Callable[[nn.Module], Mapping[str, tuple[Any, ...]]] = _no_op_calls
     passes_on: tuple[str, ...] = ()
+    approximate: bool = False
+    inside: str | None = None
+
+    def is_place(self, root: nn.Module, path: str) -> bool:
+        """Whether the rule speaks of ``root.<path>``, which is of the target class; of any, unless overridden."""
+        return True
 
     @property
     def target_path(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastsd.nn.plain import is_method_of, is_overwritten
-from fastsd.nn.replacement import settings_of
+from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import Rule
 
 
@@ -54,6 +54,7 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
     """
     by_target = {rule.target_class(): rule for rule in rules}
     seen = {id(root)}
+    replaceable: set[str] = set()  # paths
 
     def visit(modules: Iterable[tuple[str, nn.Module]], inside_refused: bool) -> Iterator[Finding]:
         for path, module in modules:
@@ -62,10 +63,12 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
             seen.add(id(module))
             settings = settings_of(module)
             stock = type(module) if settings is None else settings.stock
-            rule = by_target.get(stock, None if settings is None else settings.rule)
+            rule = _rule_of(by_target.get(stock), settings, root, path)
             refusal = None
             if rule is not None:
-                refusal = _refusal(module, stock, rule)
+                refusal = _refusal(module, stock, rule) or _why_alone(root, path, rule, replaceable)
+                if refusal is None:
+                    replaceable.add(path)
                 yield Finding(path, module, rule, refusal)
             elif not inside_refused and any(p is not None for p in module._parameters.values()):
                 yield Finding(path, module, None)
@@ -86,3 +89,33 @@ def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | Non
         if forward is not None and not is_method_of(forward, module, rule.replacement_class()):
             return f"{stock.__name__} has an instance forward (an offloading hook, or what is left of one)"
     return rule.reject(module)
+
+
+def _rule_of(rule: Rule | None, settings: Settings | None, root: nn.Module, path: str) -> Rule | None:
+    """Of the rule that is asked for and the one that has replaced the module, the one that counts."""
+    is_asked_for = rule is not None and rule.is_place(root, path)
+    if settings is None:
+        return rule if is_asked_for else None
+    # what approximates was asked for, and goes only by another choice of that
+    if not is_asked_for or (settings.rule.approximate and rule is not None and not rule.approximate):
+        return settings.rule
+    return rule
+
+
+def _why_alone(root: nn.Module, path: str, rule: Rule, replaceable: set[str]) -> str | None:
+    """Why the replacement of a module would not work where it is, as a sentence, or ``None``.
+
+    ``replaceable``: of the modules around it, those that are to be replaced too.
+    """
+    if rule.inside is None:
+        return None
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        place = ".".join(parts[:end])
+        around = root.get_submodule(place)
+        settings = settings_of(around)
+        stock = type(around) if settings is None else settings.stock
+        if f"{stock.__module__}.{stock.__qualname__}" == rule.inside:
+            is_replaced = settings is not None or place in replaceable
+            return None if is_replaced else f"the {stock.__qualname__} around it is left as it is"
+    return f"it is in no {rule.inside.rpartition('.')[2]}"

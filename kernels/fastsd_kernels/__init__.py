@@ -5,7 +5,8 @@ reference that defines it and the backends that serve it.
 """
 
 from fastsd_kernels.conv2d import conv2d
+from fastsd_kernels.gri_attention import gri_attention
 from fastsd_kernels.group_norm_silu import group_norm_silu
 from fastsd_kernels.resnet_block import resnet_block
 
-__all__ = ["conv2d", "group_norm_silu", "resnet_block"]
+__all__ = ["conv2d", "gri_attention", "group_norm_silu", "resnet_block"]

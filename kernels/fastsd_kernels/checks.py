@@ -6,25 +6,26 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_kind(x: Tensor, **others: Tensor | None) -> None:
-    """Every tensor has a floating-point dtype, and ``x``'s device."""
-    device = x.device
-    for name, tensor in (("x", x), *others.items()):
-        if tensor is None:
+def check_kind(**tensors: Tensor | None) -> None:
+    """Every tensor has a floating-point dtype, and the device of the first, which is there."""
+    first, x = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None or x is None:
             continue
         if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name}: expected a floating-point dtype (float16, bfloat16, float32, float64); got {tensor.dtype}"
             )
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected x's device {device}; got {tensor.device}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected {first}'s device {x.device}; got {tensor.device}")
 
 
-def check_dtype(x: Tensor, **others: Tensor | None) -> None:
-    """Every tensor has ``x``'s dtype."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}; got {tensor.dtype}")
+def check_dtype(**tensors: Tensor | None) -> None:
+    """Every tensor has the dtype of the first, which is there."""
+    first, x = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is not None and x is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {first}'s dtype {x.dtype}; got {tensor.dtype}")
 
 
 def check_map(x: Tensor) -> None:

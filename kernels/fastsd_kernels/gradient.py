@@ -34,7 +34,10 @@ def gradient_of(reference: Callable[..., Tensor]) -> tuple[Callable[..., None], 
                 inputs.append(value.view_as(value) if again else value.detach().requires_grad_(wanted))
             output = reference(*inputs)
         places = [i for i, wanted in enumerate(wants) if wanted]
-        grads = torch.autograd.grad(output, [inputs[i] for i in places], grad, create_graph=again)
+        # an input that has no part in the result has a gradient of zeros
+        grads = torch.autograd.grad(
+            output, [inputs[i] for i in places], grad, create_graph=again, allow_unused=True, materialize_grads=True
+        )
         result: list[Tensor | None] = [None] * len(inputs)
         for place, value in zip(places, grads, strict=True):
             result[place] = value

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import crossover
+from bench import crossover, harness
 from bench.__main__ import main
 
 RESULT = {
@@ -55,7 +55,7 @@ def test_result_is_shown_again(measured, capsys):
 
 
 @pytest.mark.usefixtures("measures_nothing")
-@pytest.mark.parametrize("suffix", crossover.PLOT_SUFFIXES)
+@pytest.mark.parametrize("suffix", harness.PLOT_SUFFIXES)
 def test_plot(suffix, measured, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "new" / f"plot{suffix}"

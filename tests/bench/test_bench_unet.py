@@ -10,6 +10,7 @@ from bench.__main__ import main
 from bench.providers import PROVIDERS, prepare, prepare_in_place, twin
 from fastsd import models
 from fastsd_kernels.conv2d import reference
+from fastsd_kernels.gri_attention import cpu_impl as cpu_attention
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,20 @@ def test_half_precision_is_held_against_float32(tiny):
     assert not comparison.refusals
     assert 1e-4 < comparison.errors["eager"] < 0.1
     assert comparison.errors["fastsd"] <= 1.5 * comparison.errors["eager"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_approximation_is_held_against_its_own_reference(dtype, monkeypatch):
+    model = torch.nn.Module.to(models.load("tiny"), dtype)
+    comparison = unet.compare(model, ("eager", "fastsd", "fastsd+gri"), batch=1, latent=24, repeats=1)
+    assert not comparison.refusals
+    assert comparison.errors["fastsd+gri"] > 1e-3
+    assert "fastsd+gri" in comparison.speedup()
+
+    right = cpu_attention.run
+    monkeypatch.setattr(cpu_attention, "run", lambda *arguments: right(*arguments) * 2)
+    comparison = unet.compare(model, ("eager", "fastsd+gri"), batch=1, latent=24, repeats=1)
+    assert "fastsd+gri is outside the numerical contract" in comparison.refusals["fastsd+gri"]
 
 
 def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch):

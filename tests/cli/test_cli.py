@@ -46,6 +46,13 @@ def test_explain(capsys):
     assert "conv2d [reference]" in printed
 
 
+def test_explain_with_gri(capsys):
+    assert main(["explain", "tiny", "--device", "cpu", "--gri", "4,2"]) == 0
+    assert "replaced by gri_attention (approximate) → gri_attention [cpu]" in capsys.readouterr().out
+    assert main(["explain", "tiny", "--gri", "4,2,7"]) == 2
+    assert "got (7,)" in capsys.readouterr().err
+
+
 def test_explain_json_of_a_folder(capsys, tmp_path):
     models.load("tiny").save_pretrained(tmp_path)
     status, explained = printed_json(capsys, "explain", str(tmp_path), "--device", "cpu", "--json")
@@ -140,6 +147,8 @@ def test_unknown_model_is_one_line(capsys):
     [
         (("doctor", "--device", "tpu"), "expected cpu, cuda or cuda:N; got 'tpu'"),
         (("doctor", "--device", "cuda:99"), "use --device cpu"),
+        (("explain", "tiny", "--gri", "4"), "expected WINDOW,POOL such as 16,4; got '4'"),
+        (("explain", "tiny", "--gri", "0,2"), "got '0,2' (window: expected an integer from 1 to 1048576; got 0)"),
         (("explain", "tiny", "--dtype", "float8"), "expected one of float32, float16, bfloat16; got 'float8'"),
     ],
 )

@@ -28,6 +28,9 @@ if "norm of half the channels" in sys.argv:
     source = torch.arange(66, dtype=torch.int32) - 1
     weights, norm = torch.randn(16, 1, 8, 32), torch.randn(1, 3, 4)
     kernels.conv2d(x, None, norm, True, source, source, weights, 2, 3, 1, None, None, None, 1.0, 0, whole)
+if "result of half the tokens" in sys.argv:
+    q = torch.randn(1, 2, 64, 8)
+    kernels.gri_attention(q, q, q, 8, 8, 4, 4, 2, 2, False, None, None, 1.0, 0, q[:, :, :32].clone())
 for isa in range(cpu_runtime.isa() + 1):
     cpu_runtime.isa = lambda isa=isa: isa
     for op in ops():
@@ -72,7 +75,7 @@ def test_sanitizers_find_nothing(sanitized_extension):
     assert "sanitized run complete" in result.stdout
 
 
-@pytest.mark.parametrize("mistake", ["skip of half the rows", "norm of half the channels"])
+@pytest.mark.parametrize("mistake", ["skip of half the rows", "norm of half the channels", "result of half the tokens"])
 def test_sanitizers_find_a_planted_overrun(sanitized_extension, mistake):
     result = run_sanitized(sanitized_extension, mistake)
     assert result.returncode != 0

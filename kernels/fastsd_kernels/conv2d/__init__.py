@@ -175,7 +175,7 @@ def _check(
             f"got {tuple(residual.shape)}"
         )
     check_kind(
-        x,
+        x=x,
         weight=weight,
         bias=bias,
         skip=skip,
@@ -186,7 +186,7 @@ def _check(
         channel_bias=channel_bias,
         residual=residual,
     )
-    check_dtype(x, weight=weight, skip=skip, residual=residual)
+    check_dtype(x=x, weight=weight, skip=skip, residual=residual)
 
 
 def _check_norm(

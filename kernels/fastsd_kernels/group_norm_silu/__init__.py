@@ -92,8 +92,8 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     check_eps(eps)
-    check_kind(x, weight=weight, bias=bias, channel_bias=channel_bias, skip=skip)
-    check_dtype(x, skip=skip)
+    check_kind(x=x, weight=weight, bias=bias, channel_bias=channel_bias, skip=skip)
+    check_dtype(x=x, skip=skip)
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

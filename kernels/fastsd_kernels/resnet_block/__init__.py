@@ -174,7 +174,7 @@ def _check(
     check_eps(eps)
     weights = {"conv1_weight": conv1_weight, "conv2_weight": conv2_weight, "shortcut_weight": shortcut_weight}
     check_kind(
-        x,
+        x=x,
         skip=skip,
         **weights,
         conv1_bias=conv1_bias,
@@ -186,7 +186,7 @@ def _check(
         channel_bias=channel_bias,
         shortcut_bias=shortcut_bias,
     )
-    check_dtype(x, skip=skip, **weights)
+    check_dtype(x=x, skip=skip, **weights)
 
 
 def _check_weight(name: str, weight: Tensor, out_channels: int | None, channels: int, kernel: int) -> None:

@@ -1,0 +1,218 @@
+"""Self-attention of diffusers' transformers on gri_attention: in a replaced block, and as a processor."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models import attention as stock
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from fastsd.gri import GRI
+from fastsd.nn.plain import remember, why_not_plain, why_stock_everywhere
+from fastsd.nn.replacement import Replacement, active_settings, settings_of
+from fastsd_kernels import gri_attention
+
+# The name among their cross_attention_kwargs by which the transformer tells its blocks the size of the map: so it goes
+# where the tokens go, through checkpoints, compilers and threads
+GRID = "fastsd_grid"
+_CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor)}
+remember(Attention)
+
+
+def why_stock(block: stock.BasicTransformerBlock) -> str | None:
+    """Why ``block`` has to run the stock forward, full attention, as a sentence; ``None`` where GRI takes its place."""
+    if block.norm_type != "layer_norm" or block.pos_embed is not None:
+        return f"expected plain layer norms and no embedding of positions; it has {block.norm_type}"
+    attn = block.attn1
+    why_not = why_not_plain(block, "attn1", Attention)
+    if why_not is not None:
+        return why_not
+    if type(attn.processor) not in _CALLS:
+        return f"the processor of attn1 is a {type(attn.processor).__qualname__}, expected diffusers' AttnProcessor2_0"
+    if type(attn.processor).__call__ is not _CALLS[type(attn.processor)]:
+        return f"{type(attn.processor).__qualname__}.__call__ has been overwritten"
+    return why_not_self_attention(attn) or why_stock_everywhere()
+
+
+def why_not_self_attention(attn: Attention) -> str | None:
+    """Why ``attn`` is not the self-attention of a transformer's tokens, as a sentence, or ``None``."""
+    if attn.is_cross_attention or attn.added_kv_proj_dim is not None or attn.only_cross_attention:
+        return "its attention is no self-attention"
+    if attn.group_norm is not None or attn.spatial_norm is not None:
+        return "its attention norms a map, expected one that takes tokens"
+    return None
+
+
+class BasicTransformerBlock(Replacement, stock.BasicTransformerBlock):
+    """``x += gri(norm1(x)); x += attn2(norm2(x), text); x += ff(norm3(x))``.
+
+    Projections, norms, cross-attention and feed-forward layer are called. A block that is not told the size of the map
+    runs full attention.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, N, C]
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:  # [B, N, C]
+        more = dict(cross_attention_kwargs or {})
+        grid, settings, x = more.pop(GRID, None), active_settings(self), hidden_states
+        if (
+            args
+            or kwargs
+            or settings is None
+            or grid is None
+            or attention_mask is not None
+            or more.get("scale") is not None
+            or x.dim() != 3
+            or why_stock(self) is not None
+        ):
+            given: Any = (attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, more, class_labels)
+            return stock.BasicTransformerBlock.forward(self, x, *given, *args, **kwargs)
+        boxes = more.pop("gligen", None)
+        gri = settings.rule.gri  # type: ignore[attr-defined]
+        x = x + self_attention(self.attn1, self.norm1(x), grid, settings.backend, **arguments(gri, grid))
+        if boxes is not None:
+            x = self.fuser(x, boxes["objs"])
+        if self.attn2 is not None:
+            x = x + self.attn2(
+                self.norm2(x),
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **more,
+            )
+        z = self.norm3(x)
+        if self._chunk_size is not None:
+            return x + stock._chunked_feed_forward(self.ff, z, self._chunk_dim, self._chunk_size)
+        return x + self.ff(z)
+
+
+def tell_grid(
+    transformer_blocks: nn.ModuleList, x: Tensor, cross_attention_kwargs: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """``cross_attention_kwargs`` for the blocks of a transformer that gets the map ``x [B, C, H, W]``."""
+    if any(isinstance(block, BasicTransformerBlock) and settings_of(block) is not None for block in transformer_blocks):
+        return {**(cross_attention_kwargs or {}), GRID: (x.shape[2], x.shape[3])}
+    return cross_attention_kwargs
+
+
+def arguments(gri: GRI, grid: tuple[int, int]) -> dict[str, Any]:
+    """The op's arguments; cells are no larger than a map that is small."""
+    return {
+        "window": gri.window,
+        "pool": _clamped(gri.pool, grid),
+        "interaction": gri.interaction,
+        "mask_own_window": gri.mask_own_window,
+    }
+
+
+def _clamped(pool: int | tuple[int, int] | None, grid: tuple[int, int]) -> tuple[int, int] | None:
+    if pool is None:
+        return None
+    height, width = (pool, pool) if isinstance(pool, int) else pool
+    return min(height, grid[0]), min(width, grid[1])
+
+
+def self_attention(
+    attn: Any, x: Tensor, grid: tuple[int, int], backend: str | None = None, **given: Any
+) -> Tensor:  # [B, N, C]
+    """What diffusers' processors compute for tokens ``x [B, N, C]``, with GRI in place of full attention.
+
+    ``given``: arguments of :func:`fastsd_kernels.gri_attention`.
+    """
+    q, k, v = (
+        project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    q = q if attn.norm_q is None else attn.norm_q(q)
+    k = k if attn.norm_k is None else attn.norm_k(k)
+    scale = attn.scale if type(attn.processor) is AttnProcessor else None  # AttnProcessor2_0 has no other than 1/√d
+    y = gri_attention(q, k, v, grid=grid, **given, scale=scale, backend=backend)
+    y = y.transpose(1, 2).flatten(2).to(q.dtype)
+    for layer in attn.to_out:  # a projection and a dropout
+        y = layer(y)
+    y = y + x if attn.residual_connection else y
+    return y / attn.rescale_output_factor
+
+
+def example_calls(block: stock.BasicTransformerBlock, gri: GRI) -> dict[str, tuple[Any, ...]]:
+    """The op that the module calls in inference, with arguments of its dtype and device."""
+    attn = block.attn1
+    q = next(attn.parameters()).new_empty((1, attn.heads, 64, attn.inner_dim // attn.heads))
+    window, pool = [gri.window] * 2, _clamped(gri.pool, (8, 8))
+    return {"gri_attention": (q, q, q, (8, 8), window, pool, gri.interaction, gri.mask_own_window, None, None)}
+
+
+class GRIAttnProcessor(nn.Module):
+    """GRI attention as a diffusers attention processor, for models that are not patched or that train a gate::
+
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(GRIAttnProcessor(window=16, pool=4))
+
+    It serves the self-attention of transformers; cross-attention and masked attention run as
+    ``AttnProcessor2_0`` does. Formula and errors: :func:`fastsd_kernels.gri_attention`. Load an IP-Adapter first: that
+    builds all processors anew, without arguments, which this class refuses.
+
+    Args:
+        window: side of the windows, or height and width; ``None`` for none.
+        pool: side of the cells, or height and width, at most the map's; ``None`` for none.
+        interaction: ``"joint"``, ``"gated"`` or ``"agent"``.
+        mask_own_window: leave out the cells inside a query's own window.
+        heads: how many the layer has; for ``"gated"``, which has a parameter ``gate [heads]`` that starts at 0: both
+            branches count half.
+        grid: height and width of the map; ``None`` for a square. Give it for any other: 256 tokens are those of a map
+            of 8 by 32 as well as of 16 by 16.
+
+    Raises:
+        ValueError: ``"gated"`` without ``heads``; at a call, tokens that are no square where no grid is given.
+    """
+
+    def __init__(
+        self,
+        window: int | tuple[int, int] | None,
+        pool: int | tuple[int, int] | None,
+        interaction: str = "joint",
+        mask_own_window: bool = False,
+        heads: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.window, self.pool, self.interaction, self.mask_own_window = window, pool, interaction, mask_own_window
+        self.grid = grid
+        if interaction == "gated" and heads is None:
+            raise ValueError("heads: expected how many the layer has, for interaction='gated'; got None")
+        self.gate = nn.Parameter(torch.zeros(heads)) if interaction == "gated" and heads is not None else None
+
+    # not forward: diffusers looks at the arguments of __call__
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # [B, N, C]
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        is_self = encoder_hidden_states is None and attention_mask is None and hidden_states.dim() == 3
+        if not is_self or why_not_self_attention(attn) is not None:
+            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        count = hidden_states.shape[1]
+        side = math.isqrt(count)
+        if self.grid is None and side * side != count:
+            raise ValueError(f"grid: expected height and width of the map of {count} tokens, no square; got None")
+        grid = self.grid or (side, side)
+        return self_attention(
+            attn,
+            hidden_states,
+            grid,
+            window=self.window,
+            pool=_clamped(self.pool, grid),
+            interaction=self.interaction,
+            mask_own_window=self.mask_own_window,
+            gate=self.gate,
+        )

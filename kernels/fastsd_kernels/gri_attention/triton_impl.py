@@ -1,0 +1,221 @@
+"""gri_attention in Triton: one launch that pools, one that attends, without atomics or copies in another order.
+
+Nothing of the size of the scores exists in memory. The interaction "agent" has torch's own attention between the two,
+for what the pooled queries get from all tokens. A tensor is copied only where its rows are not of consecutive elements.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsd_kernels import triton_runtime
+from fastsd_kernels.gri_attention.geometry import cell_count, covers, empty_result
+from fastsd_kernels.triton_runtime import Launch, ceil_div, ceil_power_of_2, unavailable
+
+if triton_runtime.triton is not None:
+    from fastsd_kernels.gri_attention import triton_kernels as kernels
+
+__all__ = ["Step", "launches", "reject", "run", "tile", "unavailable"]
+
+# Nothing here was measured on a card: the choice is a guess that fits the registers and shared memory (see the gates)
+# Most queries of a program, and most keys of a step
+MOST_M, MOST_N = 64, 32
+# Elements of q that a program holds, and of k in a step
+MOST_Q_ELEMENTS, MOST_K_ELEMENTS = 64 * 160, 32 * 64
+# Steps under way at once
+STAGES = 3
+# The least that tensor cores multiply
+FEWEST = 16
+# Elements of a cell that one warp adds up at once
+POOLED_ELEMENTS = 1024
+WIDEST = 512
+# The widest access, in elements of one byte
+WIDEST_ACCESS = 16
+
+
+Step = Launch | functools.partial[None]
+
+
+class Parts(NamedTuple):
+    """The powers of two that a row is held in."""
+
+    main: int
+    rest: int | None
+
+    @property
+    def padded(self) -> int:
+        return self.main + (self.rest or 0)
+
+
+class Tile(NamedTuple):
+    """``block_m`` queries, and ``block_n`` keys a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    stages: int
+
+
+@functools.cache
+def parts(width: int) -> Parts:
+    """One power of two, or two where they pad less."""
+    whole = max(ceil_power_of_2(width), FEWEST)
+    main = whole // 2
+    if main < FEWEST or width <= main:
+        return Parts(whole, None)
+    rest = max(ceil_power_of_2(width - main), FEWEST)
+    return Parts(whole, None) if rest == main else Parts(main, rest)
+
+
+@functools.cache
+def tile(queries: int, keys: int, width: int, itemsize: int) -> Tile:
+    """The tile for windows of ``queries`` tokens, and at most ``keys`` keys of a kind."""
+    padded = parts(width).padded
+    most_m, most_n, q_elements, k_elements = MOST_M, MOST_N, MOST_Q_ELEMENTS, MOST_K_ELEMENTS
+    if itemsize == 4:
+        # no tensor cores: more threads for each product, and half the elements in the same bytes
+        most_m, most_n, q_elements, k_elements = most_m // 2, most_n // 2, q_elements // 2, k_elements // 2
+    block_m = max(min(ceil_power_of_2(queries), most_m), FEWEST)
+    while block_m > FEWEST and block_m * padded > q_elements:
+        block_m //= 2
+    block_n = max(min(ceil_power_of_2(keys), most_n), FEWEST)
+    while block_n > FEWEST and block_n * padded > k_elements:
+        block_n //= 2
+    if itemsize == 4:
+        return Tile(block_m, block_n, block_m // 4, 1)
+    # a warp has the sums of 16 queries in its registers, of half or a quarter of their width where that is too much
+    num_warps = block_m // FEWEST * (1 if padded <= 160 else 2 if padded <= 256 else 4)
+    # and shares the addresses of the keys with another
+    return Tile(block_m, block_n, max(num_warps, 1 if padded <= 96 else 2), STAGES)
+
+
+def launches(
+    q: Tensor,  # [B, heads, N, d]
+    k: Tensor,  # [B, heads, N, d]
+    v: Tensor,  # [B, heads, N, d]
+    grid: Sequence[int],  # height, width; their product is N
+    window: Sequence[int] | None,
+    pool: Sequence[int] | None,
+    interaction: str,
+    mask_own_window: bool,
+    gate: Tensor | None,  # [heads]
+    scale: float | None,
+) -> tuple[Tensor, tuple[Step, ...]]:
+    """The result, uninitialised, and the steps that fill it in order, :class:`Launch` but for the agents' attention.
+
+    Tensors may be on ``meta``.
+    """
+    y = empty_result(q)
+    if y.numel() == 0:
+        return y, ()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    width = q.shape[3]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    if covers(window, grid):
+        pool = gate = None
+
+    steps: list[Step] = []
+    k_cells: Tensor | None = None
+    v_cells: Tensor | None = None
+    if pool is not None and interaction == "agent":
+        q_cells, k_cells, pooling = pooled(q, k, grid, pool)
+        v_cells = torch.empty_like(k_cells)
+        steps += [*pooling, functools.partial(_agents_attend, q_cells, k, v, scale, v_cells)]
+    elif pool is not None:
+        k_cells, v_cells, pooling = pooled(k, v, grid, pool)
+        steps += pooling
+
+    height, across = grid if window is None else map(min, window, grid)
+    columns, rows = ceil_div(grid[1], across), ceil_div(grid[0], height)
+    places = height * across
+    t = tile(places, max(places if window is not None else 1, cells_of(k_cells)), width, q.element_size())
+    tiles = ceil_div(places, t.block_m)
+    strides, vector = in_vectors(q, k, v, y)
+    args = (
+        *(q, k, v, k_cells, v_cells, None if gate is None else gate.contiguous(), y, *strides),
+        *(scale * math.log2(math.e), q.shape[1], *grid, height, columns, rows * columns, tiles),
+        *cell_geometry(grid, pool),
+        *(window is not None, uneven(grid, pool), mask_own_window and pool is not None),
+        *(across if columns > 1 else None, width, *parts(width), vector, t.block_m, t.block_n, t.stages),
+    )
+    programs = q.shape[0] * q.shape[1] * rows * columns * tiles
+    return y, (*steps, Launch(kernels.attend, (programs,), args, t.num_warps))
+
+
+def pooled(a: Tensor, b: Tensor, grid: Sequence[int], pool: Sequence[int]) -> tuple[Tensor, Tensor, list[Launch]]:
+    """The means ``[B, heads, G, d]`` of two tensors, uninitialised, and the launch that fills them, if any."""
+    if pool[0] == pool[1] == 1:
+        return a.contiguous(), b.contiguous(), []
+    batch, heads, _, width = a.shape
+    cells = cell_count(grid, pool)
+    a_cells, b_cells = (x.new_empty((batch, heads, cells, width)) for x in (a, b))
+    columns = ceil_div(grid[1], pool[1])
+    block_d = ceil_power_of_2(width)
+    block_t = min(ceil_power_of_2(pool[0] * pool[1]), max(POOLED_ELEMENTS // block_d, 1))
+    strides, vector = in_vectors(a, b)
+    args = (
+        *(a, b, a_cells, b_cells, *strides, heads, *grid, pool[0], columns, cells),
+        *(pool[1] if columns > 1 else None, width, block_d, vector, block_t),
+    )
+    return a_cells, b_cells, [Launch(kernels.pool_cells, (batch * heads * cells,), args, 1)]
+
+
+def in_vectors(*tensors: Tensor) -> tuple[list[int], int]:
+    """The strides of batch, head and token, in units of as many elements as divide them all; and that many.
+
+    Triton knows of a stride whether 16 divides it, and nothing else: that of 40 elements would end wide accesses.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    vector = math.gcd(WIDEST_ACCESS, *strides)
+    return [stride // vector for stride in strides], vector
+
+
+def cells_of(cells: Tensor | None) -> int:
+    return 0 if cells is None else cells.shape[2]
+
+
+def cell_geometry(grid: Sequence[int], pool: Sequence[int] | None) -> tuple[int, int, int, int, float]:
+    """Height and width of a whole cell, cells side by side, cells, and log2 of a whole cell's tokens."""
+    if pool is None:
+        return 1, 1, 1, 0, 0.0
+    return (*pool, ceil_div(grid[1], pool[1]), cell_count(grid, pool), math.log2(pool[0] * pool[1]))  # type: ignore
+
+
+def uneven(grid: Sequence[int], pool: Sequence[int] | None) -> bool:
+    """Whether some cells are smaller than others."""
+    return pool is not None and any(n % size for n, size in zip(grid, pool, strict=True))
+
+
+def _agents_attend(q_cells: Tensor, k: Tensor, v: Tensor, scale: float, v_cells: Tensor) -> None:
+    v_cells.copy_(F.scaled_dot_product_attention(q_cells, k, v, scale=scale))
+
+
+def reject(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int] | None,
+    pool: Sequence[int] | None,
+    interaction: str,
+    mask_own_window: bool,
+    gate: Tensor | None,
+    scale: float | None,
+) -> str | None:
+    if q.shape[3] > WIDEST:
+        return f"expected q of a width of at most {WIDEST}; got {q.shape[3]}; use backend='reference'"
+    sentence = triton_runtime.reject(q, gate=gate)
+    return None if sentence is None else sentence.replace("expected x ", "expected q ")
+
+
+def run(q: Tensor, *args: object) -> Tensor:
+    y, steps = launches(q, *args)  # type: ignore[arg-type]
+    with torch.cuda.device_of(q):
+        for step in steps:
+            step()
+    return y

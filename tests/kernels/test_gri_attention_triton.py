@@ -1,0 +1,395 @@
+"""gri_attention in Triton: interpreted on the CPU, compiled for cards that are not here, and run on one that is."""
+
+import functools
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsd_kernels import gri_attention
+from fastsd_kernels.dispatch import BackendUnavailable
+from fastsd_kernels.gri_attention import cases, op, reference, triton_backward
+from fastsd_kernels.testing import Sample, check_op, named
+from fastsd_kernels.testing.contract import FLOOR_ULPS
+from fastsd_kernels.testing.inputs import random_tensor
+from tests.proving import cubin, interpreter
+from tests.proving.gates import TENSOR_CORES, count
+from tests.proving.targets import TARGETS
+
+triton_impl = op.backends["triton"].module
+# as a program it is its own child, which interprets the gradients
+if __name__ != "__main__" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
+triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+
+from tests.kernels.gates.conv2d import SHARED_BYTES, triton_shared_bytes  # noqa: E402
+from tests.kernels.gates.gri_attention import triton_launches  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
+# These take the interpreter a minute in the steps that a card takes
+MANY_KEYS = tuple(name for name in SAMPLES if name.startswith("many_keys"))
+LARGE_TILES = {"MOST_M": 512, "MOST_N": 512, "MOST_Q_ELEMENTS": 1 << 16, "MOST_K_ELEMENTS": 1 << 16}
+
+# With tiles this small a few hundred elements take the paths of large maps: several tiles of queries and of keys in
+# each window, tiles of keys that are masked whole, cells added up in several steps
+SMALL_TILES = {"MOST_M": 32, "MOST_N": 32, "MOST_Q_ELEMENTS": 1, "MOST_K_ELEMENTS": 1, "POOLED_ELEMENTS": 32}
+SMALL_TILE_SAMPLES = (
+    "packed",
+    "width_40",
+    "oblong_gated_masked",
+    "pool_of_one_gated_masked",
+    "one_cell_masked",
+    "window_is_the_map",
+    "only_cells",
+    "only_regions",
+    "ragged_agent",
+    "large_scores",
+    "nan_in_k",
+    "inf_in_v",
+)
+
+
+def sample_launches(sample: Sample):
+    """The launches of one call of the public function, its tensors on ``meta``."""
+    given = {"interaction": "joint", "mask_own_window": False, "gate": None, "scale": None}
+    given |= sample.map_tensors(lambda tensor: tensor.to("meta")).kwargs
+    for name in ("window", "pool"):
+        given[name] = (given[name],) * 2 if isinstance(given[name], int) else given[name]
+    return [step for step in triton_impl.launches(**given)[1] if isinstance(step, triton_impl.Launch)]
+
+
+def gated_sample(dtype: torch.dtype, grid: tuple[int, int], width: int, window: int, pool: int, batch: int = 1):
+    q = torch.empty(batch, 2, grid[0] * grid[1], width, device="meta", dtype=dtype)
+    given = {"grid": grid, "window": window, "pool": pool, "interaction": "gated", "gate": q.new_empty(2)}
+    return Sample("gated", {"q": q, "k": q, "v": q} | given)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_interpreted(dtype, name):
+    if name in MANY_KEYS:
+        results = interpreter.failures("gri_attention", dtype, names=MANY_KEYS, constants=tuple(LARGE_TILES.items()))
+    else:
+        others = tuple(name for name in SAMPLES if name not in MANY_KEYS)
+        results = interpreter.failures("gri_attention", dtype, names=others)
+    assert results[name] is None, results[name]
+
+
+@pytest.mark.parametrize("name", SMALL_TILE_SAMPLES)
+def test_interpreted_in_small_tiles(name):
+    small = tuple(SMALL_TILES.items())
+    results = interpreter.failures("gri_attention", "float32", names=SMALL_TILE_SAMPLES, constants=small, twice=True)
+    assert results[name] is None, results[name]
+
+
+def test_small_tiles_take_the_paths_of_large_maps(monkeypatch):
+    for name, value in SMALL_TILES.items():
+        monkeypatch.setattr(triton_impl, name, value)
+    tile = triton_impl.tile.__wrapped__(30, 30, 8, 4)
+    assert (tile.block_m, tile.block_n) == (16, 16)
+    # the cells of one row that a window of three rows sees least of
+    *_, pooling, attend = sample_launches(named(cases.samples("cpu", torch.float32), "one_cell_masked"))
+    assert pooling.args[-1] < 30
+    assert attend.args[-3:-1] == (16, 16)
+
+
+def test_interpreter_refuses_bfloat16():
+    failure = interpreter.failures("gri_attention", "bfloat16", names=("contiguous",))["contiguous"]
+    for words in ("BackendUnavailable", "bfloat16", "TRITON_INTERPRET"):
+        assert words in failure
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 33, 40, 48, 63, 64, 80, 96, 97, 160, 200, 511, 512])
+def test_parts_hold_a_row(width):
+    parts = triton_impl.parts(width)
+    for part in parts:
+        assert part is None or (part >= 16 and part & (part - 1) == 0)
+    assert width <= parts.padded
+    assert parts.padded - width < 16 or parts.padded < 1.5 * width
+    # no mask hides a part of the main part where there is another
+    assert parts.rest is None or parts.main < width
+
+
+@pytest.mark.parametrize(("width", "padded"), [(40, 48), (64, 64), (80, 80), (160, 160)])
+def test_widths_of_stable_diffusion_are_hardly_padded(width, padded):
+    assert triton_impl.parts(width).padded == padded
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [1, 40, 64, 160, 512])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 256, 1 << 20])
+def test_tiles_are_such_as_tensor_cores_multiply(tokens, width, itemsize):
+    tile = triton_impl.tile(tokens, tokens, width, itemsize)
+    for size in (tile.block_m, tile.block_n, tile.num_warps):
+        assert size & (size - 1) == 0
+    assert min(tile.block_m, tile.block_n) >= 16
+    assert 1 <= tile.num_warps <= 16
+
+
+def test_large_batches_stay_on_the_one_long_grid_axis():
+    for sample in cases.large_samples("meta", torch.float16):
+        for launch in sample_launches(sample):
+            (programs,) = launch.grid
+            assert 2 * 65_537 <= programs < 2**31
+
+
+def test_nothing_is_copied_but_rows_of_scattered_elements():
+    *_, attend = sample_launches(named(cases.samples("meta", torch.float16), "packed"))
+    for x in attend.args[:3]:
+        assert x.stride() == (8 * 8 * 3 * 2 * 8, 8, 3 * 2 * 8, 1)
+    *_, attend = sample_launches(named(cases.samples("meta", torch.float16), "strided_width"))
+    assert attend.args[0].is_contiguous()
+
+
+def test_empty_results_need_no_launch():
+    for name in ("empty_batch", "no_heads"):
+        assert not sample_launches(named(cases.samples("cpu", torch.float32), name))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("width", [40, 64, 80, 160])
+@pytest.mark.parametrize(
+    ("dtype", "interaction"), [(torch.float16, "gated"), (torch.bfloat16, "joint"), (torch.float32, "gated")], ids=str
+)
+def test_compiled(dtype, interaction, width, target):
+    *_, attend = triton_launches(dtype, 8, width, 64, 16, 4, interaction)
+    (kernel,) = cubin.inspect(triton_aot.compile_launch(attend, target)).values()
+    # float32 stays float32: tensor cores would round it to 10 bits
+    assert (count(kernel, TENSOR_CORES) > 0) == (dtype is not torch.float32)
+    # for float32 ptxas itself gives up one or two values to have one block more
+    assert kernel.stack_bytes <= (16 if dtype is torch.float32 else 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", [("float16", 160), ("float16", 512), (torch.float32, 512)], ids=str)
+def test_shared_memory(variant, target):
+    *_, attend = triton_launches(variant[0], 2, variant[1], 64, 16, 4, "joint")
+    assert 0 < triton_shared_bytes(attend, target) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("sample", "kernels"),
+    [
+        (gated_sample(torch.float16, (1, 1), 1, 1, 1), 1),
+        (gated_sample(torch.float32, (1 << 12, 1 << 13), 1, 33, 7), 2),
+        (gated_sample(torch.float16, (16, 16), 40, 3, 5, batch=1 << 27), 2),
+    ],
+    ids=("one_token", "large_map", "large_batch"),
+)
+def test_compiled_at_the_extremes(sample, kernels):
+    launches = sample_launches(sample)
+    assert len(launches) == kernels
+    for launch in launches:
+        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
+
+
+@pytest.mark.parametrize("name", ["contiguous", "oblong_gated_masked", "window_of_one", "one_column", "only_regions"])
+def test_ahead_of_time_specialisation_is_tritons_own(name):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    for launch in sample_launches(named(cases.samples("cpu", torch.float16), name)):
+        ours = triton_aot.specialise(launch.kernel, launch.args)
+        bind = create_function_from_signature(
+            launch.kernel.signature, launch.kernel.params, make_backend(GPUTarget("cuda", 80, 32))
+        )
+        _, theirs, _ = bind(*launch.args)
+        assert list(ours.signature.values()) == [kind for kind, _ in theirs]
+        for argument, (kind, key) in zip(launch.kernel.arg_names, theirs, strict=True):
+            if kind != "constexpr":
+                assert (argument in ours.divisible_by_16) == ("D" in (key or ""))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "gate", "words"),
+    [
+        (torch.float64, 8, None, ("q", "float16, bfloat16 or float32", "torch.float64", "backend='reference'")),
+        (torch.float16, 8, torch.float8_e5m2, ("gate", "float64", "torch.float8_e5m2", "cast")),
+        (torch.float16, 513, None, ("q", "512", "513", "backend='reference'")),
+        (torch.float16, 8, None, ("q", "GPU", "cpu", "backend='cpu'")),
+    ],
+    ids=("float64", "float8_gate", "wide", "on_the_cpu"),
+)
+def test_refusals(dtype, width, gate, words):
+    q = torch.ones(1, 2, 4, width, dtype=dtype)
+    given = ("joint", False, None) if gate is None else ("gated", False, torch.ones(2).to(gate))
+    sentence = triton_impl.reject(q, q, q, (2, 2), (1, 1), (1, 1), *given, None)
+    for word in words:
+        assert word in sentence
+
+
+def test_forced_on_the_cpu():
+    q = torch.ones(1, 2, 4, 8)
+    with pytest.raises(BackendUnavailable, match=r"'triton' cannot be used: .*GPU.*backend='cpu'"):
+        gri_attention(q, q, q, grid=(2, 2), window=1, pool=1, backend="triton")
+
+
+def test_missing_triton_is_a_refusal():
+    program = """
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from fastsd_kernels.gri_attention import op
+        print(op.backends["triton"].reject(torch.ones(1, 2, 4, 8)))
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", inspect.cleandoc(program)], capture_output=True, text=True, check=True
+    )
+    assert "pip install triton" in child.stdout
+
+
+def device_samples(dtype: torch.dtype):
+    """The samples of the contract, and maps of U-Nets."""
+    like = {"device": "cuda", "dtype": dtype}
+    yield from cases.samples("cuda", dtype)
+    yield from cases.large_samples("cuda", dtype)
+    for heads, width, side, window, pool in (
+        (8, 40, 64, 16, 4),
+        (8, 40, 72, 16, 8),
+        (10, 64, 64, 8, 8),
+        (8, 80, 32, 8, 4),
+        (8, 160, 16, 8, 2),
+        (1, 512, 32, 8, 4),
+    ):
+        q, k, v = cases.tokens(2, heads, side * side, width, "packed", **like)
+        given = {"q": q, "k": k, "v": v, "grid": (side, side), "window": window, "pool": pool}
+        gate = random_tensor((heads,), **like)
+        name = f"{heads}x{width}_{side}_{window}_{pool}"
+        yield Sample(name, given)
+        yield Sample(f"{name}_masked", given | {"mask_own_window": True})
+        yield Sample(f"{name}_gated", given | {"interaction": "gated", "gate": gate})
+        yield Sample(f"{name}_agent", given | {"interaction": "agent"})
+
+
+GRADIENT_SAMPLES = {
+    "float32": (
+        "packed",
+        "width_40",
+        "ragged_masked",
+        "oblong_gated_masked",
+        "one_cell_gated",
+        "pool_of_one_masked",
+        "window_is_the_map_gated",
+        "only_cells",
+        "only_regions",
+        "one_token",
+        "large_scores",
+        "gate_of_another_dtype",
+        "empty_batch",
+    ),
+    "float16": ("token_major", "ragged_gated"),
+}
+
+
+def gradient_failure(sample: Sample) -> str | None:
+    """What is wrong with the gradients of one sample on the Triton backend: by the rule of the contract.
+
+    Some of the gradients cancel to nothing, so the floor is that of the largest.
+    """
+    given = {"interaction": "joint", "mask_own_window": False, "gate": None, "scale": None} | sample.kwargs
+    for name in ("window", "pool"):
+        given[name] = (given[name],) * 2 if isinstance(given[name], int) else given[name]
+    q, dtype = given["q"], given["q"].dtype
+    upstream = random_tensor(tuple(q.shape), q.device, dtype, seed=5)
+    names = [name for name in ("q", "k", "v", "gate") if given[name] is not None]
+
+    def of_reference(dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = {name: given[name].to(dtype).detach().requires_grad_() for name in names}
+        y = reference.gri_attention(**given | inputs)
+        result = torch.autograd.grad(y, list(inputs.values()), upstream.to(dtype), allow_unused=True)
+        # a window that is the map leaves the gate unused
+        return [torch.zeros_like(given[n]) if g is None else g for n, g in zip(names, result, strict=True)]
+
+    actual = [g for g in triton_backward.gradients(upstream, **given) if g is not None]
+    again = [g for g in triton_backward.gradients(upstream, **given) if g is not None]
+    exact, plain = of_reference(torch.float64), of_reference(dtype)
+    largest = max((g.abs().max().item() for g in exact if g.numel()), default=0.0)
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps * largest
+    for name, *gradients in zip(names, actual, again, exact, plain, strict=True):
+        if gradients[0].shape != given[name].shape or gradients[0].dtype != given[name].dtype:
+            return f"the gradient of {name} is {gradients[0].dtype} {tuple(gradients[0].shape)}"
+        if not torch.equal(*gradients[:2]):
+            return f"two runs differ in the gradient of {name}"
+        if gradients[0].numel() == 0:
+            continue
+        error, _, plain_error = ((g.double() - gradients[2]).abs().max().item() for g in (gradients[0], *gradients[2:]))
+        if not error <= 2 * plain_error + floor:
+            return f"{name}: error {error:.3e}; plain PyTorch {plain_error:.3e}, allowed {2 * plain_error + floor:.3e}"
+    return None
+
+
+@functools.cache
+def interpreted_gradient_failures(dtype: str) -> dict[str, str | None]:
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_gri_attention_triton", dtype],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(dtype, name) for dtype, names in GRADIENT_SAMPLES.items() for name in names]
+)
+def test_interpreted_gradient(dtype, name):
+    failure = interpreted_gradient_failures(dtype)[name]
+    assert failure is None, failure
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("width", "interaction"), [(64, "gated"), (80, "joint")])
+def test_gradient_compiled(width, interaction, target):
+    q = torch.empty(2, 64 * 64, 8, width, device="meta", dtype=torch.float16).transpose(1, 2)
+    gate = q.new_empty(8) if interaction == "gated" else None
+    _, steps = triton_backward.steps(q, q, q, q, (64, 64), (16, 16), (4, 4), interaction, False, gate, None)
+    _, *launches = [step for step in steps if isinstance(step, triton_impl.Launch)]
+    assert len(launches) == 4
+    for launch in launches:
+        (kernel,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
+        assert count(kernel, TENSOR_CORES)
+        assert kernel.stack_bytes == 0
+
+
+def test_agents_have_no_gradient_here():
+    q = torch.empty(1, 2, 16, 8, device="meta")
+    with pytest.raises(NotImplementedError, match=r"agent.*reference"):
+        triton_backward.gradients(q, q, q, q, (4, 4), (2, 2), (2, 2), "agent", False, None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_on_the_device(dtype):
+    for sample in device_samples(dtype):
+        served = sample.kwargs.get("interaction") != "agent" and "nan" not in sample.name and "inf" not in sample.name
+        failure = gradient_failure(sample) if served else None
+        assert failure is None, f"{sample}: {failure}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_the_device(dtype):
+    for sample in device_samples(dtype):
+        try:
+            check_op(op, sample, "triton")
+            first, second = (gri_attention(**sample.kwargs, backend="triton") for _ in range(2))
+            torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+        except Exception as error:
+            raise AssertionError(f"{sample}: {error}") from error
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    drawn = list(cases.samples("cpu", getattr(torch, sys.argv[1])))
+    json.dump({name: gradient_failure(named(drawn, name)) for name in GRADIENT_SAMPLES[sys.argv[1]]}, sys.stdout)
