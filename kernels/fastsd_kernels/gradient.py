@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 
-def gradient_of(reference: Callable[..., Tensor]) -> tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]:
+def gradient_of(
+    reference: Callable[..., Tensor],
+    fused: Callable[..., tuple[Tensor | None, ...] | None] = lambda grad, *inputs: None,
+) -> tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]:
     """``setup_context`` and ``backward`` for :class:`fastsd_kernels.dispatch.Op`.
 
     The backward pass evaluates ``reference`` again, on the saved inputs, and differentiates that; where the gradient
-    is itself to be differentiated, through the same graph.
+    is itself to be differentiated, through the same graph. First it asks ``fused`` for the gradients to the inputs, but
+    for compilers and second gradients; ``None`` where it has none.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -20,7 +24,13 @@ def gradient_of(reference: Callable[..., Tensor]) -> tuple[Callable[..., None], 
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()
-        saved = iter(ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # once: a checkpoint gives them away
+        if not again and type(grad) is Tensor:
+            saved = iter(tensors)
+            gradients = fused(grad, *(next(saved) if other is None else other[0] for other in ctx.others))
+            if gradients is not None:
+                return gradients
+        saved = iter(tensors)
         # torch leaves trailing arguments that equal their default out of the call
         wants = [*ctx.needs_input_grad, *[False] * len(ctx.others)][: len(ctx.others)]
         with torch.enable_grad():

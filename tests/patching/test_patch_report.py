@@ -170,6 +170,7 @@ def test_json():
         "rule",
         "backends",
         "reason",
+        "approximate",
     }
 
 

@@ -5,7 +5,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor
 
 from fastsd_kernels.checks import check_dtype, check_kind
@@ -148,25 +147,19 @@ def _fake(q: Tensor, *args: Any) -> Tensor:
     return empty_result(q)
 
 
-_setup_context, _reference_backward = gradient_of(widened)
+def _fused_gradient(grad: Tensor, *inputs: Any) -> tuple[Tensor | None, ...] | None:
+    """The gradients to the inputs by Triton, where a GPU's kernels serve; it has none for "agent"."""
+    if inputs[6] == "agent" or op.choose(*inputs).name not in ("triton", "cuda"):
+        return None
+    if op.backends["triton"].reject(*inputs) is not None:
+        return None
+    from fastsd_kernels.gri_attention import triton_backward
+
+    dq, dk, dv, d_gate = triton_backward.gradients(grad, *inputs)
+    return dq, dk, dv, None, None, None, None, None, d_gate, None
 
 
-def _is_fused(*inputs: Any) -> bool:
-    return op.choose(*inputs).name in ("triton", "cuda") and op.backends["triton"].reject(*inputs) is None
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The fused gradient where a GPU's kernels serve; the reference's for "agent", compilers and second gradients."""
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if other is None else other[0] for other in ctx.others]
-    is_real = not torch.is_grad_enabled() and type(grad) is Tensor
-    if is_real and inputs[6] != "agent" and _is_fused(*inputs):
-        from fastsd_kernels.gri_attention import triton_backward
-
-        dq, dk, dv, d_gate = triton_backward.gradients(grad, *inputs)
-        return dq, dk, dv, *[None] * 5, d_gate, None
-    return _reference_backward(ctx, grad)
-
+_setup_context, _backward = gradient_of(widened, _fused_gradient)
 
 op = Op(
     "gri_attention",
