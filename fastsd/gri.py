@@ -33,7 +33,7 @@ class GRI:
         mask_own_window: leave out the cells inside a query's own window.
 
     Raises:
-        ValueError: a size below 1, no or negative levels, or no such interaction.
+        ValueError: a size below 1 or above 2^20, no or negative levels, or no such interaction.
     """
 
     window: int = 16
