@@ -11,6 +11,7 @@ WITHOUT_PARAMETERS = ("joint", "agent")  # interactions
 LARGEST = 1 << 20  # of a window or cell
 _PLACE = re.compile(
     r"(?:(.*)\.)?((down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?attentions\.\d+)\.transformer_blocks\.\d+"
+    r"(?:\._orig_mod)?"  # compiled
 )
 _TRANSFORMER = "Transformer2DModel"  # also the name of the class that a patch puts in its place
 
@@ -47,12 +48,25 @@ class GRI:
             size = getattr(self, name)
             if type(size) is not int or not 1 <= size <= LARGEST:
                 raise ValueError(f"{name}: expected an integer from 1 to {LARGEST}; got {size!r}")
+        if type(self.mask_own_window) is not bool:
+            raise ValueError(f"mask_own_window: expected True or False; got {self.mask_own_window!r}")
         levels = (self.levels,) if type(self.levels) is int else self.levels
         if not isinstance(levels, Sequence) or not levels or any(type(n) is not int or n < 0 for n in levels):
             raise ValueError(f"levels: expected some of 0, 1, ...; got {self.levels!r}")
         object.__setattr__(self, "levels", tuple(sorted(set(levels))))
         if self.interaction not in WITHOUT_PARAMETERS:
             raise ValueError(f"interaction: expected one of {', '.join(WITHOUT_PARAMETERS)}; got {self.interaction!r}")
+
+
+def check_size(name: str, size: Any) -> None:
+    """``size`` is a side, two sides, or ``None``.
+
+    Raises:
+        ValueError: it is something else, or a side is below 1 or above 2^20.
+    """
+    sides = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)
+    if size is not None and any(type(side) is not int or not 1 <= side <= LARGEST for side in sides):
+        raise ValueError(f"{name}: expected an integer from 1 to {LARGEST}, two of them, or None; got {size!r}")
 
 
 def level_of(root: nn.Module, path: str) -> int | None:

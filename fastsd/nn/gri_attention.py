@@ -8,22 +8,33 @@ from diffusers.models import attention as stock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from fastsd.gri import GRI
-from fastsd.nn.plain import remember, why_not_plain, why_stock_everywhere
+from fastsd.gri import GRI, check_size
+from fastsd.nn.plain import is_overwritten, is_transformed, remember, why_not_plain
 from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd_kernels import gri_attention
+from fastsd_kernels.checks import DTYPES
+from fastsd_kernels.gri_attention import INTERACTIONS
+from fastsd_kernels.gri_attention.reference import gri_attention as plain_gri_attention
 
-# The name among their cross_attention_kwargs by which the transformer tells its blocks the size of the map: so it goes
-# where the tokens go, through checkpoints, compilers and threads
-GRID = "fastsd_grid"
-_CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor)}
+_CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor) if not is_overwritten(cls, "__call__")}
 remember(Attention)
+
+
+class ToldKwargs(dict[str, Any]):
+    """The ``cross_attention_kwargs`` of a transformer's blocks, which tell them the size of the map on the way.
+
+    So it goes where the tokens go, through checkpoints, compilers and threads, and nobody else sees it.
+    """
+
+    grid: tuple[int, int] | None = None
 
 
 def why_stock(block: stock.BasicTransformerBlock) -> str | None:
     """Why ``block`` has to run the stock forward, full attention, as a sentence; ``None`` where GRI takes its place."""
-    if block.norm_type != "layer_norm" or block.pos_embed is not None:
-        return f"expected plain layer norms and no embedding of positions; it has {block.norm_type}"
+    if block.norm_type != "layer_norm":
+        return f"its norms are {block.norm_type}, expected layer_norm"
+    if block.pos_embed is not None:
+        return "it embeds positions, expected a block that does not"
     attn = block.attn1
     why_not = why_not_plain(block, "attn1", Attention)
     if why_not is not None:
@@ -32,7 +43,7 @@ def why_stock(block: stock.BasicTransformerBlock) -> str | None:
         return f"the processor of attn1 is a {type(attn.processor).__qualname__}, expected diffusers' AttnProcessor2_0"
     if type(attn.processor).__call__ is not _CALLS[type(attn.processor)]:
         return f"{type(attn.processor).__qualname__}.__call__ has been overwritten"
-    return why_not_self_attention(attn) or why_stock_everywhere()
+    return why_not_self_attention(attn)
 
 
 def why_not_self_attention(attn: Attention) -> str | None:
@@ -63,20 +74,21 @@ class BasicTransformerBlock(Replacement, stock.BasicTransformerBlock):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:  # [B, N, C]
-        more = dict(cross_attention_kwargs or {})
-        grid, settings, x = more.pop(GRID, None), active_settings(self), hidden_states
+        more, grid = cross_attention_kwargs, getattr(cross_attention_kwargs, "grid", None)
+        settings, x = active_settings(self), hidden_states
         if (
             args
             or kwargs
             or settings is None
             or grid is None
             or attention_mask is not None
-            or more.get("scale") is not None
+            or (more or {}).get("scale") is not None
             or x.dim() != 3
             or why_stock(self) is not None
         ):
             given: Any = (attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, more, class_labels)
             return stock.BasicTransformerBlock.forward(self, x, *given, *args, **kwargs)
+        more = dict(more or {})
         boxes = more.pop("gligen", None)
         gri = settings.rule.gri  # type: ignore[attr-defined]
         x = x + self_attention(self.attn1, self.norm1(x), grid, settings.backend, **arguments(gri, grid))
@@ -99,15 +111,19 @@ def tell_grid(
     transformer_blocks: nn.ModuleList, x: Tensor, cross_attention_kwargs: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """``cross_attention_kwargs`` for the blocks of a transformer that gets the map ``x [B, C, H, W]``."""
-    if any(isinstance(block, BasicTransformerBlock) and settings_of(block) is not None for block in transformer_blocks):
-        return {**(cross_attention_kwargs or {}), GRID: (x.shape[2], x.shape[3])}
-    return cross_attention_kwargs
+    # compile() of a module puts a wrapper around it
+    blocks = (getattr(block, "_orig_mod", block) for block in transformer_blocks)
+    if not any(isinstance(block, BasicTransformerBlock) and settings_of(block) is not None for block in blocks):
+        return cross_attention_kwargs
+    told = ToldKwargs(cross_attention_kwargs or {})
+    told.grid = x.shape[2], x.shape[3]
+    return told
 
 
 def arguments(gri: GRI, grid: tuple[int, int]) -> dict[str, Any]:
     """The op's arguments; cells are no larger than a map that is small."""
     return {
-        "window": gri.window,
+        "window": _pair(gri.window),
         "pool": _clamped(gri.pool, grid),
         "interaction": gri.interaction,
         "mask_own_window": gri.mask_own_window,
@@ -115,26 +131,38 @@ def arguments(gri: GRI, grid: tuple[int, int]) -> dict[str, Any]:
 
 
 def _clamped(pool: int | tuple[int, int] | None, grid: tuple[int, int]) -> tuple[int, int] | None:
-    if pool is None:
-        return None
-    height, width = (pool, pool) if isinstance(pool, int) else pool
-    return min(height, grid[0]), min(width, grid[1])
+    pair = _pair(pool)
+    return None if pair is None else (min(pair[0], grid[0]), min(pair[1], grid[1]))
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
 
 
 def self_attention(
-    attn: Any, x: Tensor, grid: tuple[int, int], backend: str | None = None, **given: Any
+    attn: Any,
+    x: Tensor,  # [B, N, C]
+    grid: tuple[int, int],
+    backend: str | None = None,
+    *,
+    window: tuple[int, int] | None,
+    pool: tuple[int, int] | None,
+    interaction: str,
+    mask_own_window: bool,
+    gate: Tensor | None = None,
 ) -> Tensor:  # [B, N, C]
-    """What diffusers' processors compute for tokens ``x [B, N, C]``, with GRI in place of full attention.
-
-    ``given``: arguments of :func:`fastsd_kernels.gri_attention`.
-    """
+    """What diffusers' processors compute for tokens, with GRI in place of full attention."""
     q, k, v = (
         project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for project in (attn.to_q, attn.to_k, attn.to_v)
     )
     q = q if attn.norm_q is None else attn.norm_q(q)
     k = k if attn.norm_k is None else attn.norm_k(k)
-    scale = attn.scale if type(attn.processor) is AttnProcessor else None  # AttnProcessor2_0 has no other than 1/√d
-    y = gri_attention(q, k, v, grid=grid, **given, scale=scale, backend=backend)
+    scale = None if type(attn.processor) is AttnProcessor2_0 else attn.scale  # that one has no other than 1/√d
+    if is_transformed():
+        y = plain_gri_attention(q, k, v, grid, window, pool, interaction, mask_own_window, gate, scale)
+    else:
+        choice: dict[str, Any] = {"interaction": interaction, "mask_own_window": mask_own_window, "gate": gate}
+        y = gri_attention(q, k, v, grid=grid, window=window, pool=pool, **choice, scale=scale, backend=backend)
     y = y.transpose(1, 2).flatten(2).to(q.dtype)
     for layer in attn.to_out:  # a projection and a dropout
         y = layer(y)
@@ -145,7 +173,11 @@ def self_attention(
 def example_calls(block: stock.BasicTransformerBlock, gri: GRI) -> dict[str, tuple[Any, ...]]:
     """The op that the module calls in inference, with arguments of its dtype and device."""
     attn = block.attn1
-    q = next(attn.parameters()).new_empty((1, attn.heads, 64, attn.inner_dim // attn.heads))
+    # not the storage that a layer is cast from, nor a quantised one
+    like = next((p for p in block.parameters() if p.dtype in DTYPES), None)
+    if like is None or not isinstance(attn, Attention):
+        return {}
+    q = like.new_empty((1, attn.heads, 64, attn.inner_dim // attn.heads))
     window, pool = [gri.window] * 2, _clamped(gri.pool, (8, 8))
     return {"gri_attention": (q, q, q, (8, 8), window, pool, gri.interaction, gri.mask_own_window, None, None)}
 
@@ -155,9 +187,12 @@ class GRIAttnProcessor(nn.Module):
 
         unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(GRIAttnProcessor(window=16, pool=4))
 
-    It serves the self-attention of transformers; cross-attention and masked attention run as
-    ``AttnProcessor2_0`` does. Formula and errors: :func:`fastsd_kernels.gri_attention`. Load an IP-Adapter first: that
-    builds all processors anew, without arguments, which this class refuses.
+    It takes any tokens that attend to each other for those of a map, so give it to the ``attn1`` of transformers alone:
+    not to all attentions of a GLIGEN model, nor to motion modules. Cross-attention and masked attention run as
+    ``AttnProcessor2_0`` does. Formula: :func:`fastsd_kernels.gri_attention`. Loading or unloading an IP-Adapter builds
+    all processors anew, without arguments, which this class refuses: load first, and take it off before unloading.
+    ``save_pretrained`` writes the gates of ``"gated"``; ``from_pretrained`` knows nothing of processors and drops them:
+    keep them yourself, from ``unet.state_dict()``.
 
     Args:
         window: side of the windows, or height and width; ``None`` for none.
@@ -170,7 +205,8 @@ class GRIAttnProcessor(nn.Module):
             of 8 by 32 as well as of 16 by 16.
 
     Raises:
-        ValueError: ``"gated"`` without ``heads``; at a call, tokens that are no square where no grid is given.
+        ValueError: a size that is none, no such interaction, or ``"gated"`` without ``heads``; at a call, tokens that
+            are no square where no grid is given.
     """
 
     def __init__(
@@ -183,6 +219,13 @@ class GRIAttnProcessor(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        check_size("window", window)
+        check_size("pool", pool)
+        if isinstance(grid, int):
+            raise ValueError(f"grid: expected (height, width), or None; got {grid}")
+        check_size("grid", grid)
+        if interaction not in INTERACTIONS:
+            raise ValueError(f"interaction: expected one of {', '.join(INTERACTIONS)}; got {interaction!r}")
         self.window, self.pool, self.interaction, self.mask_own_window = window, pool, interaction, mask_own_window
         self.grid = grid
         if interaction == "gated" and heads is None:
@@ -210,7 +253,7 @@ class GRIAttnProcessor(nn.Module):
             attn,
             hidden_states,
             grid,
-            window=self.window,
+            window=_pair(self.window),
             pool=_clamped(self.pool, grid),
             interaction=self.interaction,
             mask_own_window=self.mask_own_window,

@@ -5,6 +5,8 @@ hooks, an offloading or casting wrapper, an adapter, a quantised weight. Only a 
 fast forward asks every time, so that what is put on a patched model later is kept too.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,7 +17,7 @@ _KNOWN: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.L
 _FORWARDS = {cls: cls.forward for cls in _KNOWN}
 
 # functional_call puts plain tensors in the place of parameters, torch.export puts fake ones
-_PLAIN = (nn.Parameter, Tensor, FakeTensor)
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
 
 
 def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str | None:
@@ -38,12 +40,12 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
     if "forward" in leaf.__dict__ and not is_method_of(leaf.__dict__["forward"], leaf, expected):
         return f"{name} has an instance forward (an offloading or casting hook?), which runs only when it is called"
     for key, parameter in leaf._parameters.items():
-        if parameter is not None and type(parameter) not in _PLAIN:
+        if parameter is not None and type(parameter) not in PLAIN:
             return f"{name}.{key} is a {type(parameter).__qualname__}, expected a plain Parameter"
     return None
 
 
-def is_overwritten(cls: type[nn.Module], name: str = "forward") -> bool:
+def is_overwritten(cls: type[Any], name: str = "forward") -> bool:
     """Whether somebody has put a function of their own in the place of a class's method."""
     if name == "forward" and cls in _FORWARDS:
         return cls.forward is not _FORWARDS[cls]
@@ -77,9 +79,14 @@ def why_stock_everywhere() -> str | None:
         or torch_module._global_backward_pre_hooks
     ):
         return "a hook on all modules is registered, which runs only for those that are called"
-    # a compiler traces through the transforms itself
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    ):
+    if is_transformed():
         return "a torch.func transform or forward-mode differentiation is active, which the ops do not offer"
     return None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active, which the ops do not offer."""
+    # a compiler traces through the transforms itself
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )

@@ -110,11 +110,10 @@ def patched(
     try:
         yield model
     finally:
-        make(
-            earlier
-            for earlier, change in zip(before, plan.changes, strict=True)
-            if settings_of(change.module) is change.settings and type(change.module) is change.cls
-        )
+        there = [settings_of(c.module) is c.settings and type(c.module) is c.cls for c in plan.changes]
+        # where nothing of it is left, the model has been unpatched, and what had been made stock stays so
+        is_left = any(is_there and c.settings is not None for is_there, c in zip(there, plan.changes, strict=True))
+        make(earlier for earlier, is_there in zip(before, there, strict=True) if is_there and is_left)
 
 
 def make(changes: Iterable[Change]) -> list[Change]:

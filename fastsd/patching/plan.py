@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastsd.gri import GRI, levels_of
+from fastsd.gri import GRI, level_of, levels_of
 from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.rules.gri_attention import GRIRule, gri_rule
@@ -52,7 +52,7 @@ def plan_patch(
     by_module = {
         finding.module: replace(finding, path=f"{part}.{finding.path}" if part else finding.path)
         for part, root in parts_of(model).items()
-        for finding in survey(root, chosen)
+        for finding in (*survey(root, chosen, before_a_patch=True), *_out_of_reach(root, gri))
         # without a new choice of GRI attention the old one stays, and gets the other arguments
         if finding.rule in chosen or (gri is rules is None and isinstance(finding.rule, GRIRule))
     }
@@ -74,13 +74,13 @@ def plan_patch(
     changes = [] if gri is None else _without_earlier_gri(model, by_module)
     for finding in known:
         # a module that is replaced already may be refused for now, and run the fast forward again later
-        is_earlier = isinstance(finding.rule, GRIRule) and settings_of(finding.module) is not None
+        is_earlier = isinstance(finding.rule, GRIRule) and _is_replaced(finding.module)
         if finding.rule is not None and (finding.refusal is None or is_earlier):
             _require_backend(finding.rule, finding.module, backend)
             change = _change(finding.rule, finding.module, backend, budget)
             if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):
                 changes.append(change)
-    return Plan(tuple(changes), refused)
+    return Plan((*changes, *_transformers_anew(changes, known)), refused)
 
 
 def _with_gri(chosen: tuple[Rule, ...], model: Any, gri: GRI) -> tuple[Rule, ...]:
@@ -93,6 +93,38 @@ def _with_gri(chosen: tuple[Rule, ...], model: Any, gri: GRI) -> tuple[Rule, ...
         raise ValueError(f"gri: expected levels of the model that have transformers ({found}); got {gri.levels}")
     needed = [rule for rule in (TRANSFORMER, gri_rule(gri)) if rule not in chosen]
     return select_rules([*chosen, *needed])
+
+
+def _out_of_reach(root: nn.Module, gri: GRI | None) -> Iterable[Finding]:
+    """Blocks of the levels that ``gri`` names whose class is another than the rule's."""
+    if gri is None:
+        return
+    rule = gri_rule(gri)
+    for path, module in root.named_modules():
+        settings = settings_of(module)
+        stock = type(module) if settings is None else settings.stock
+        is_compiled = hasattr(module, "_orig_mod")  # a wrapper; what it holds is found by itself
+        if level_of(root, path) in gri.levels and stock is not rule.target_class() and not is_compiled:
+            yield Finding(path, module, rule, f"it is a {stock.__qualname__}, expected {rule.target_path}")
+
+
+def _transformers_anew(changes: Iterable[Change], known: Iterable[Finding]) -> list[Change]:
+    """Settings of its own for each transformer whose blocks get GRI attention, which does not work without it.
+
+    So that what was patched for a ``with`` block, by its end, is not what this patch relies on.
+    """
+    of_gri = {change.module for change in changes if change.settings and isinstance(change.settings.rule, GRIRule)}
+    anew = []
+    for finding in known:
+        settings = settings_of(finding.module)
+        if finding.rule is TRANSFORMER and settings is not None and of_gri.intersection(finding.module.modules()):
+            anew.append(Change(finding.module, type(finding.module), replace(settings)))
+    return [change for change in anew if all(change.module is not other.module for other in changes)]
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    settings = settings_of(module)
+    return settings is not None and type(module) is settings.rule.replacement_class()
 
 
 def _without_earlier_gri(model: Any, by_module: Container[nn.Module]) -> list[Change]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastsd.nn.plain import is_method_of, is_overwritten
-from fastsd.nn.replacement import Settings, settings_of
+from fastsd.nn.replacement import Settings, active_settings, settings_of
 from fastsd.patching.rule import Rule
 
 
@@ -44,8 +44,11 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
     return parts
 
 
-def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
+def survey(root: nn.Module, rules: Iterable[Rule], *, before_a_patch: bool = False) -> Iterator[Finding]:
     """Every module below ``root`` that a rule knows, and every other that holds parameters of its own.
+
+    A replacement that works only inside another one is refused where that is not there; ``before_a_patch``: where it
+    will not be.
 
     A module that is replaced already belongs to the rule that replaced it, unless ``rules`` has one for its stock
     class. Modules inside one that a rule knows belong to it, but for the children that the rule passes on: of them,
@@ -66,7 +69,9 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
             rule = _rule_of(by_target.get(stock), settings, root, path)
             refusal = None
             if rule is not None:
-                refusal = _refusal(module, stock, rule) or _why_alone(root, path, rule, replaceable)
+                refusal = _refusal(module, stock, rule) or _why_alone(
+                    root, path, rule, replaceable if before_a_patch else set()
+                )
                 if refusal is None:
                     replaceable.add(path)
                 yield Finding(path, module, rule, refusal)
@@ -81,7 +86,12 @@ def survey(root: nn.Module, rules: Iterable[Rule]) -> Iterator[Finding]:
 
 
 def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | None:
-    if settings_of(module) is None:
+    settings = settings_of(module)
+    if settings is not None and settings.rule.approximate and active_settings(module) is None:
+        return f"a method of {stock.__name__} has been overwritten since"
+    if settings is not None and settings.rule.approximate and type(module) is not settings.rule.replacement_class():
+        return f"its class is {type(module).__module__}.{type(module).__qualname__} by now"
+    if settings is None:
         for name in rule.replacement_class().overridden:
             if is_overwritten(stock, name):
                 return f"{stock.__name__}.{name} has been overwritten by {getattr(stock, name).__module__}"
@@ -105,7 +115,7 @@ def _rule_of(rule: Rule | None, settings: Settings | None, root: nn.Module, path
 def _why_alone(root: nn.Module, path: str, rule: Rule, replaceable: set[str]) -> str | None:
     """Why the replacement of a module would not work where it is, as a sentence, or ``None``.
 
-    ``replaceable``: of the modules around it, those that are to be replaced too.
+    ``replaceable``: of the modules around it, those that will be replaced.
     """
     if rule.inside is None:
         return None
@@ -116,6 +126,6 @@ def _why_alone(root: nn.Module, path: str, rule: Rule, replaceable: set[str]) ->
         settings = settings_of(around)
         stock = type(around) if settings is None else settings.stock
         if f"{stock.__module__}.{stock.__qualname__}" == rule.inside:
-            is_replaced = settings is not None or place in replaceable
+            is_replaced = active_settings(around) is not None or place in replaceable
             return None if is_replaced else f"the {stock.__qualname__} around it is left as it is"
     return f"it is in no {rule.inside.rpartition('.')[2]}"

@@ -41,6 +41,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FASTSD_BACKEND"
 
 _MODULES = {"cuda": "cuda_impl", "triton": "triton_impl", "cpu": "cpu_impl", "reference": "reference"}
+_NO_FORWARD_MODE = "{} has no forward-mode derivative; use reverse mode, or its reference"
 _library = torch.library.Library("fastsd", "FRAGMENT")
 _registry: dict[str, "Op"] = {}
 
@@ -97,7 +98,7 @@ class Op:
         check: raises ``ValueError`` or ``TypeError`` on bad arguments; called for real and for fake tensors.
         fake: the result's shape, dtype and strides; takes the arguments without ``backend``.
         setup_context, backward: the gradient, as for :func:`torch.library.register_autograd`; ``backward``
-            returns one gradient for each argument, ``backend`` excluded.
+            returns one gradient for each argument, ``backend`` excluded, which it finds as ``ctx.backend``.
         prefer: the backend that was measured to be the fastest on a CUDA device for these arguments, or ``None``; takes
             the arguments without ``backend``. Without it, and elsewhere, the order of the device decides.
         autocast: device type to dtype: what floating-point arguments are cast to under ``torch.autocast``, ``None``
@@ -141,7 +142,8 @@ class Op:
             return fake(*args)
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            setup_context(ctx, complete(inputs)[:-1], output)
+            *args, ctx.backend = complete(inputs)
+            setup_context(ctx, tuple(args), output)
 
         def gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             return (*backward(ctx, grad), None)
@@ -156,6 +158,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Tensor:
         """The op on the arguments of its schema, ``backend`` included."""
+        _refuse_jvp(self.name, args)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.overload(*args)
         # what autograd's layer would do too, after some Python of its own
@@ -228,10 +231,20 @@ def _autocast(overload: Callable[..., Any], device_type: str, dtype: torch.dtype
     return kernel
 
 
+def _refuse_jvp(name: str, args: tuple[Any, ...]) -> None:
+    """torch.func's forward mode takes an op that has none for a constant, without a word."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return
+    is_jvp = any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
+    if is_jvp and any(isinstance(arg, Tensor) and functorch.is_functorch_wrapped_tensor(arg) for arg in args):
+        raise NotImplementedError(_NO_FORWARD_MODE.format(name))
+
+
 def _refuse_tangents(name: str, args: list[Any]) -> None:
     for arg in args:
         if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
-            raise NotImplementedError(f"{name} has no forward-mode derivative; use reverse mode, or its reference")
+            raise NotImplementedError(_NO_FORWARD_MODE.format(name))
 
 
 def _defaults(qualified: str) -> tuple[Any, ...]:

@@ -18,6 +18,10 @@ def test_forward_mode_is_refused():
         with pytest.raises(NotImplementedError, match="forward-mode"):
             group_norm_silu(x, 2)
         group_norm_silu(torch.randn(1, 4, 2, 2), 2)
+    x = torch.randn(1, 4, 2, 2)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: group_norm_silu(x, 2), (x,), (x,))
+    torch.func.jvp(lambda y: y * group_norm_silu(x, 2), (x,), (x,))
 
 
 def test_second_gradients():

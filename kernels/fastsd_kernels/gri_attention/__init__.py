@@ -114,12 +114,13 @@ def _check(
             raise ValueError(f"{name}: expected q's shape {tuple(q.shape)}; got {tuple(x.shape)}")
     if q.shape[3] == 0:
         raise ValueError(f"q: expected a width of at least 1; got shape {tuple(q.shape)}")
-    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != q.shape[2]:
+    # not min(): which side is the smaller is nothing to compile a graph for
+    if len(grid) != 2 or grid[0] < 1 or grid[1] < 1 or grid[0] * grid[1] != q.shape[2]:
         raise ValueError(
             f"grid: expected (height, width) of a map of q's {q.shape[2]} tokens, at least one; got {tuple(grid)}"
         )
     for name, size in (("window", window), ("pool", pool)):
-        if size is not None and (len(size) != 2 or min(size) < 1):
+        if size is not None and (len(size) != 2 or size[0] < 1 or size[1] < 1):
             raise ValueError(f"{name}: expected a side or (height, width), at least 1; got {tuple(size)}")
     if pool is not None and (pool[0] > grid[0] or pool[1] > grid[1]):
         raise ValueError(f"pool: expected cells no larger than the map of {tuple(grid)}; got {tuple(pool)}")
@@ -147,14 +148,16 @@ def _fake(q: Tensor, *args: Any) -> Tensor:
     return empty_result(q)
 
 
-def _fused_gradient(grad: Tensor, *inputs: Any) -> tuple[Tensor | None, ...] | None:
-    """The gradients to the inputs by Triton, where a GPU's kernels serve; it has none for "agent"."""
-    if inputs[6] == "agent" or op.choose(*inputs).name not in ("triton", "cuda"):
+def _fused_gradient(grad: Tensor, backend: str | None, *inputs: Any) -> tuple[Tensor | None, ...] | None:
+    """The gradients to the inputs by Triton, where a GPU's kernels serve and it has them."""
+    if op.choose(*inputs, backend=backend).name not in ("triton", "cuda"):
         return None
     if op.backends["triton"].reject(*inputs) is not None:
         return None
     from fastsd_kernels.gri_attention import triton_backward
 
+    if triton_backward.reject(*inputs) is not None:
+        return None
     dq, dk, dv, d_gate = triton_backward.gradients(grad, *inputs)
     return dq, dk, dv, None, None, None, None, None, d_gate, None
 
