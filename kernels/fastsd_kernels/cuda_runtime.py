@@ -1,7 +1,8 @@
 """The CUDA sources of ``csrc/cuda``: compiled by NVRTC at first use, kept as cubins, launched on torch's stream.
 
 Compiling needs no GPU and no CUDA toolkit, only the packages of ``fastsd[cuda]``. A source is named by its file in
-``csrc/cuda``, a variant of it by macro definitions, ``"NAME=value"`` or ``"NAME"``.
+``csrc/cuda``, a variant of it by macro definitions, ``"NAME=value"`` or ``"NAME"``. The sources need compute capability
+8.0: asynchronous copies, and tensor cores that multiply bfloat16.
 """
 
 import ctypes
@@ -29,6 +30,7 @@ from fastsd_kernels import cubin_cache
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 VECTOR_BYTES = 16  # of the widest access
 MAX_BLOCKS = 2**31 - 1  # of one launch, all in the grid's first dimension
+OLDEST = (8, 0)  # compute capability
 
 _INSTALL = "run `pip install 'fastsd[cuda]'`"
 _STANDARD = "c++17"
@@ -52,7 +54,20 @@ def unavailable() -> str | None:
     """Why CUDA kernels cannot run on this machine, or ``None``."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
-    return _compiler_unavailable() or (None if torch.cuda.is_available() else "torch finds no CUDA device")
+    missing = _compiler_unavailable()
+    if missing is not None:
+        return missing
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    # the answer is that of the machine, whichever card a tensor is on
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < OLDEST:
+            return (
+                f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the cuda backend needs "
+                f"{OLDEST[0]}.{OLDEST[1]} of every card; use backend='triton', or hide this one by CUDA_VISIBLE_DEVICES"
+            )
+    return None
 
 
 def compile_cubin(source: str, arch: str, defines: tuple[str, ...]) -> bytes:

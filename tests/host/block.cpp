@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -63,6 +64,7 @@ struct Block {
   const Argument* arguments;
   std::deque<Fiber> fibers;  // kept from block to block, with their stacks
   unsigned threads = 0;
+  bool reverse = false;
   Fiber* running = nullptr;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
@@ -189,21 +191,42 @@ bool all_at_one_barrier() {
   return true;
 }
 
-void run_block(bool reverse) {
-  for (unsigned thread = 0; thread < block.threads; ++thread) prepare_fiber(block.fibers[thread], thread);
-  block.exchanges.assign((block.threads + kWarpLanes - 1) / kWarpLanes, {});
-  while (!all_finished()) {
-    bool progress = false;
-    for (unsigned i = 0; i < block.threads; ++i) {
-      Fiber& fiber = block.fibers[reverse ? block.threads - 1 - i : i];
+// Runs a warp as far as it comes without the others, and says whether that is anywhere: a barrier that is missing
+// shows, for the warp then reads what another has not written yet, or overwrites what another has not read.
+bool run_warp(unsigned warp) {
+  const unsigned first = warp * kWarpLanes, lanes = std::min(kWarpLanes, block.threads - first);
+  bool progress = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (unsigned i = 0; i < lanes; ++i) {
+      Fiber& fiber = block.fibers[first + (block.reverse ? lanes - 1 - i : i)];
       if (fiber.state != State::ready) continue;
-      progress = true;
+      again = progress = true;
       enter_fiber(fiber);
       if (!block.failure.empty()) throw std::runtime_error(block.failure);
     }
+  }
+  return progress;
+}
+
+void run_block() {
+  for (unsigned thread = 0; thread < block.threads; ++thread) prepare_fiber(block.fibers[thread], thread);
+  const unsigned warps = (block.threads + kWarpLanes - 1) / kWarpLanes;
+  block.exchanges.assign(warps, {});
+  while (!all_finished()) {
+    bool progress = false;
+    for (unsigned i = 0; i < warps; ++i) progress |= run_warp(block.reverse ? warps - 1 - i : i);
     if (progress) continue;
     if (!all_at_one_barrier()) throw_divergence();
     for (unsigned thread = 0; thread < block.threads; ++thread) block.fibers[thread].state = State::ready;
+  }
+}
+
+void make(const Copy& copy) {
+  if (copy.valid) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  } else {
+    std::memset(copy.to, 0, copy.bytes);
   }
 }
 
@@ -281,9 +304,15 @@ void gather_bytes(const char* operation, unsigned mask, const void* value, size_
   self.exchange.reset();
 }
 
-// A copy is made when it is waited for and not before: a missing wait shows as a wrong result.
+// A device copies at any time from here to the wait. Made now, a copy shows that others still read what it overwrites;
+// made at the wait and not before, that the wait is missing, or the barrier after it.
 void copy_later(void* to, const void* from, size_t bytes, bool valid) {
-  block.running->copy_groups.back().push_back({to, from, bytes, valid});
+  const Copy copy{to, from, bytes, valid};
+  if (block.reverse) {
+    block.running->copy_groups.back().push_back(copy);
+  } else {
+    make(copy);
+  }
 }
 
 void commit_copies() {
@@ -293,13 +322,7 @@ void commit_copies() {
 void wait_copies(int pending_groups) {
   auto& groups = block.running->copy_groups;
   while (static_cast<int>(groups.size()) - 1 > pending_groups) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.valid) {
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        std::memset(copy.to, 0, copy.bytes);
-      }
-    }
+    for (const Copy& copy : groups.front()) make(copy);
     groups.erase(groups.begin());
   }
 }
@@ -314,6 +337,7 @@ void launch(const Kernel& kernel, const Argument* arguments, dim3 grid, dim3 thr
   block.kernel = &kernel;
   block.arguments = arguments;
   block.threads = threads.x * threads.y * threads.z;
+  block.reverse = reverse;
   gridDim = grid;
   blockDim = threads;
   while (block.fibers.size() < block.threads) block.fibers.emplace_back();
@@ -330,7 +354,7 @@ void launch(const Kernel& kernel, const Argument* arguments, dim3 grid, dim3 thr
     poison({shared.get(), shared_bytes});
     poison(static_shared);
     block.failure.clear();
-    run_block(reverse);
+    run_block();
   }
 }
 

@@ -1,5 +1,5 @@
 // What csrc/cuda/device.cuh and the kernels find where nvcc would be: CUDA's built-in names, for threads that are
-// fibers. Threads of a block run one after the other and change at barriers and warp operations; see block.cpp.
+// fibers. Threads of a block run one after the other and change at barriers and warp operations; see block.hpp.
 #pragma once
 
 #include <array>

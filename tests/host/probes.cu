@@ -60,6 +60,16 @@ extern "C" __global__ void neighbour(float* to, i64 with_barrier) {
   to[thread] = shared[(thread + 1) % threads];
 }
 
+// Each thread reads what one of the next warp wrote.
+extern "C" __global__ void neighbour_warp(float* to, i64 with_barrier) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = threadIdx.x, threads = blockDim.x;
+  shared[thread] = thread;
+  __syncwarp();
+  if (with_barrier) __syncthreads();
+  to[thread] = shared[(thread + kWarp) % threads];
+}
+
 extern "C" __global__ void barrier_for_some(i64 threads) {
   if (threadIdx.x < threads) __syncthreads();
 }
@@ -122,6 +132,25 @@ extern "C" __global__ void copies(const float* from, float* to, i64 wait) {
   if (wait) cp_async_wait<0>();
   __syncthreads();
   for (int i = thread; i < 2 * half; i += blockDim.x) to[i] = shared[i];
+}
+
+// to [3, 4 · threads]: three tiles by way of two stages, of which one is filled while the other is read; a thread reads
+// what one of the next warp copied. Without the barrier before it, a copy overwrites what other warps still read.
+extern "C" __global__ void stages(const float* from, float* to, i64 with_barrier) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = threadIdx.x, threads = blockDim.x, other = (thread + kWarp) % threads;
+  const auto fetch = [&](int tile) {
+    if (tile < 3) cp_async_16(shared + 4 * (tile % 2 * threads + thread), from + 4 * (tile * threads + thread));
+    cp_async_commit();
+  };
+  fetch(0);
+  for (int tile = 0; tile < 3; ++tile) {
+    cp_async_wait<0>();
+    if (!with_barrier) fetch(tile + 1);
+    __syncthreads();
+    if (with_barrier) fetch(tile + 1);
+    for (int i = 0; i < 4; ++i) to[4 * (tile * threads + thread) + i] = shared[4 * (tile % 2 * threads + other) + i];
+  }
 }
 
 // ---- tensor cores

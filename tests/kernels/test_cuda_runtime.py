@@ -5,6 +5,7 @@ No card is needed: the driver is replaced by a recorder, everything else is real
 
 import ctypes
 import os
+import re
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -220,6 +221,24 @@ def test_header_of_a_header_is_part_of_the_key(sources):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
 def test_unavailable_without_cuda_build():
     assert "built without CUDA" in cuda_runtime.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "says"),
+    [
+        (((8, 0), (12, 0)), None),
+        (((7, 5),), "cuda:0 has compute capability 7.5; the cuda backend needs 8.0"),
+        (((9, 0), (7, 5)), "cuda:1 has compute capability 7.5; .*CUDA_VISIBLE_DEVICES"),
+    ],
+    ids=str,
+)
+def test_unavailable_on_old_cards(monkeypatch, capabilities, says):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    sentence = cuda_runtime.unavailable.__wrapped__()
+    assert sentence is None if says is None else re.match(says, sentence)
 
 
 @pytest.mark.parametrize(

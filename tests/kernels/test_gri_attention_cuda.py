@@ -238,14 +238,17 @@ STAGES = [(64, 40, 8, 16, 4), (64, 64, 5, 16, 4), (32, 80, 8, 8, 4), (32, 64, 10
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("side", "width", "heads", "window", "pool"), STAGES)
-def test_plan_fills_the_card_with_16_byte_accesses(side, width, heads, window, pool, batch, dtype):
+def test_plan_fills_the_card_with_the_largest_blocks_and_16_byte_accesses(
+    side, width, heads, window, pool, batch, dtype
+):
     size = {"grid": (side, side), "window": (window, window), "pool": (pool, pool)}
     p = plan(batch=batch, heads=heads, width=width, dtype=dtype, **size)
     assert "VECTOR=8" in p.defines
-    assert p.attend.grid[0] >= MULTIPROCESSORS or "WARPS=1" in p.defines
+    blocks = {warps: batch * heads * side * side // (16 * warps) for warps in (4, 2, 1)}
+    warps = next((warps for warps in blocks if blocks[warps] >= MULTIPROCESSORS), 1)
+    assert p.attend.block[0] == 32 * warps
     # no block without queries, and none that is mostly without
-    queries = p.attend.block[0] // 32 * 16
-    assert p.attend.grid[0] * queries == batch * heads * side * side
+    assert p.attend.grid[0] == blocks[warps]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ class HostKernels:
 
         Args:
             args: a tensor becomes its address, ``None`` a null pointer, an int ``int64_t``, a float ``float``.
-            reverse: run blocks and threads in the opposite order; no result may depend on it.
+            reverse: run blocks and threads in the opposite order, and make asynchronous copies as late, instead of as
+                early, as a device may; no result may depend on it.
 
         Raises:
             RuntimeError: a thread did what a device does not do; threads wait for each other in vain.

@@ -94,6 +94,17 @@ def test_missing_barrier_shows(probes, reverse):
     assert to.isnan().any()
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("with_barrier", [False, True])
+def test_warps_run_ahead_of_each_other(probes, with_barrier, reverse):
+    to = torch.zeros(96)
+    run(probes, "neighbour_warp", to, int(with_barrier), block=96, shared_bytes=384, reverse=reverse)
+    assert torch.equal(to, (torch.arange(96.0) + 32) % 96) == with_barrier
+    # the warp that runs first reads before any other writes
+    first = to[64:] if reverse else to[:32]
+    assert first.isnan().all() != with_barrier
+
+
 def test_barrier_that_some_threads_miss(probes):
     with pytest.raises(RuntimeError, match=r"barrier_for_some, block \(0, 0, 0\): .*thread 0-4 waits at __sync") as e:
         run(probes, "barrier_for_some", 5)
@@ -167,9 +178,26 @@ def test_copies(probes, reverse):
 def test_missing_wait_shows(probes):
     x = torch.randn(2, 32, 4)
     to = torch.full_like(x, torch.nan)
-    run(probes, "copies", x, to, 0, shared_bytes=1024)
+    run(probes, "copies", x, to, 0, shared_bytes=1024, reverse=True)
     assert torch.equal(to[0], x[0])
     assert to[1].isnan().all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_stages(probes, reverse):
+    x = torch.randn(3, 64, 4)
+    to = torch.full_like(x, torch.nan)
+    run(probes, "stages", x, to, 1, block=64, shared_bytes=2048, reverse=reverse)
+    assert torch.equal(to, x.roll(-32, 1))
+
+
+def test_copy_onto_what_others_still_read_shows(probes):
+    x = torch.randn(3, 64, 4)
+    to = torch.full_like(x, torch.nan)
+    run(probes, "stages", x, to, 0, block=64, shared_bytes=2048)
+    # the first warp had read its part before it copied the third tile over the first
+    assert torch.equal(to[0, :32], x[0, 32:])
+    assert torch.equal(to[0, 32:], x[2, :32])
 
 
 @pytest.mark.parametrize("reverse", [False, True])

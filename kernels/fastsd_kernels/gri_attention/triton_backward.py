@@ -13,21 +13,51 @@ from torch import Tensor
 
 from fastsd_kernels import triton_runtime
 from fastsd_kernels.gri_attention.geometry import covers, empty_result
-from fastsd_kernels.gri_attention.triton_impl import FEWEST, Step, cell_geometry, cells_of, in_vectors, pooled, uneven
+from fastsd_kernels.gri_attention.triton_impl import (
+    FEWEST,
+    Step,
+    cell_geometry,
+    cells_of,
+    in_vectors,
+    pooled,
+    uneven,
+    windows_of,
+)
 from fastsd_kernels.triton_runtime import Launch, ceil_div, ceil_power_of_2
 
 if triton_runtime.triton is not None:
     from fastsd_kernels.gri_attention import triton_backward_kernels as kernels
 
-__all__ = ["gradients", "steps"]
+__all__ = ["gradients", "reject", "steps"]
 
 # Nothing here was measured on a card
 # Most queries and keys of a tile, half as many for rows of this many elements; twice the warps beyond this many bytes
 MOST_TOKENS, WIDE, WIDE_BYTES = 32, 128, 256
+# Up to rows of this many bytes k, v and two stages of q and grad, of the fewest tokens, fit in every card's 99 KB
+WIDEST_BYTES = 1024
 # Two programs for each multiprocessor of the largest card: with fewer, the queries of cells are split
 FEWEST_PROGRAMS = 264
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def reject(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int] | None,
+    pool: Sequence[int] | None,
+    interaction: str,
+    *args: object,
+) -> str | None:
+    """Why there is no gradient in Triton for arguments that the Triton backend serves, or ``None``."""
+    if interaction == "agent" and not covers(window, grid):
+        return "interaction 'agent' has no gradient in Triton; use its reference's"
+    widest = WIDEST_BYTES // q.element_size()
+    if q.shape[3] > widest:
+        return f"expected q of a width of at most {widest} in {q.dtype}; got {q.shape[3]}; use the reference's gradient"
+    return None
 
 
 def gradients(
@@ -46,7 +76,7 @@ def gradients(
     """The gradients of q, k, v and the gate, for arguments that the Triton backend serves.
 
     Raises:
-        NotImplementedError: for the interaction "agent".
+        NotImplementedError: :func:`reject` refuses the arguments; the message is its sentence.
     """
     result, todo = steps(grad, q, k, v, grid, window, pool, interaction, mask_own_window, gate, scale)
     with torch.cuda.device_of(q):
@@ -73,10 +103,11 @@ def steps(
     dq, dk, dv = (empty_result(q) for _ in range(3))
     if q.numel() == 0:
         return (dq, dk, dv, d_gate), []
+    refusal = reject(q, k, v, grid, window, pool, interaction)
+    if refusal is not None:
+        raise NotImplementedError(refusal)
     if covers(window, grid):
         pool = gate = None
-    if pool is not None and interaction == "agent":
-        raise NotImplementedError("interaction 'agent' has no gradient in Triton; use its reference's")
 
     q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
     batch, heads, count, width = q.shape
@@ -92,8 +123,7 @@ def steps(
     block_d = max(ceil_power_of_2(width), FEWEST)
     block = max(MOST_TOKENS // (1 if q.element_size() == 2 and block_d < WIDE else 2), FEWEST)
     num_warps = 4 if block_d * q.element_size() <= WIDE_BYTES else 8
-    height, across = grid if window is None else map(min, window, grid)
-    columns, rows = ceil_div(grid[1], across), ceil_div(grid[0], height)
+    height, across, rows, columns = windows_of(grid, window)
     tiles, cell_tiles = ceil_div(height * across, block), ceil_div(cells_of(k_cells), block)
     splits = 1
     if pool is not None:

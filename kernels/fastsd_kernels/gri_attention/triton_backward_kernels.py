@@ -47,7 +47,7 @@ def _store_statistics(state, grad, stats_ptr, token, inside, plane):
 
 @triton.jit
 def _statistics(stats_ptr, token, inside, plane):
-    # a query that does not exist gives no key a weight
+    # the sum of a query that does not exist is told by being infinite: one that does has a finite sum, or NaN
     log_sum = tl.load(stats_ptr + token, mask=inside, other=float("inf"))
     return log_sum, tl.load(stats_ptr + plane + token, mask=inside, other=0.0)
 
@@ -56,8 +56,10 @@ def _statistics(stats_ptr, token, inside, plane):
 def _weights_and_slopes(q, k, v, grad, bias, statistics, share, scale):
     """``[queries, keys]`` both, in the dtype of ``q``."""
     log_sum, product = statistics
-    p = share * tl.exp2(products(q, k) * scale + bias - log_sum[:, None])
-    slope = p * (products(grad, v) - product[:, None])
+    # of the rows of zeros that stand for those beyond the edge, the products with keys that are not finite are NaN
+    there = (log_sum[:, None] != float("inf")) & (bias != float("-inf"))
+    p = tl.where(there, share * tl.exp2(products(q, k) * scale + bias - log_sum[:, None]), 0.0)
+    slope = tl.where(there, p * (products(grad, v) - product[:, None]), 0.0)
     return p.to(q[0].dtype), slope.to(q[0].dtype)
 
 
@@ -150,7 +152,7 @@ def gradient(
     else:
         share = 1 / (1 + tl.exp(-tl.load(gate_ptr + head).to(tl.float32)))
         cell_share = 1 - share
-        cell_stats_ptr += 2 * plane
+        cell_stats_ptr += tl.full([], 2, tl.int64) * plane
 
     lane = tl.arange(0, BLOCK)
     if STEP != 3:

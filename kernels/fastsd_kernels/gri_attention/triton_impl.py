@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels import triton_runtime
+from fastsd_kernels.cuda_runtime import MAX_BLOCKS
 from fastsd_kernels.gri_attention.geometry import cell_count, covers, empty_result
 from fastsd_kernels.triton_runtime import Launch, ceil_div, ceil_power_of_2, unavailable
 
@@ -130,8 +131,7 @@ def launches(
         k_cells, v_cells, pooling = pooled(k, v, grid, pool)
         steps += pooling
 
-    height, across = grid if window is None else map(min, window, grid)
-    columns, rows = ceil_div(grid[1], across), ceil_div(grid[0], height)
+    height, across, rows, columns = windows_of(grid, window)
     places = height * across
     t = tile(places, max(places if window is not None else 1, cells_of(k_cells)), width, q.element_size())
     tiles = ceil_div(places, t.block_m)
@@ -175,6 +175,12 @@ def in_vectors(*tensors: Tensor) -> tuple[list[int], int]:
     return [stride // vector for stride in strides], vector
 
 
+def windows_of(grid: Sequence[int], window: Sequence[int] | None) -> tuple[int, int, int, int]:
+    """Height and width of a whole window, how many are below each other, and how many side by side."""
+    height, width = grid if window is None else map(min, window, grid)
+    return height, width, ceil_div(grid[0], height), ceil_div(grid[1], width)
+
+
 def cells_of(cells: Tensor | None) -> int:
     return 0 if cells is None else cells.shape[2]
 
@@ -210,7 +216,15 @@ def reject(
     if q.shape[3] > WIDEST:
         return f"expected q of a width of at most {WIDEST}; got {q.shape[3]}; use backend='reference'"
     sentence = triton_runtime.reject(q, gate=gate)
-    return None if sentence is None else sentence.replace("expected x ", "expected q ")
+    if sentence is not None:
+        return sentence.replace("expected x ", "expected q ")
+    # the most that the forward and the backward pass ask for: tiles of the fewest tokens
+    height, across, rows, columns = windows_of(grid, window)
+    cells = 0 if pool is None else cell_count(grid, pool)
+    programs = q.shape[0] * q.shape[1] * max(rows * columns * ceil_div(height * across, FEWEST), cells)
+    if programs > MAX_BLOCKS:
+        return f"expected q of at most {MAX_BLOCKS} tiles of tokens; got {programs}; use backend='reference'"
+    return None
 
 
 def run(q: Tensor, *args: object) -> Tensor:

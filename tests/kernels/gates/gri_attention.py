@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastsd_kernels.gri_attention import cuda_impl, triton_impl
+from fastsd_kernels.gri_attention import cuda_impl, triton_backward, triton_impl
 from tests.proving import triton_aot
 from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
 
@@ -85,12 +85,24 @@ def triton_launches(
     dtype: str | torch.dtype, heads: int, width: int, side: int, window: int, pool: int, interaction: str
 ) -> list[triton_impl.Launch]:
     """The launches of one variant, its tensors on ``meta``, as projections give them."""
+    inputs = _triton_inputs(dtype, heads, width, side, window, pool, interaction)
+    return [step for step in triton_impl.launches(*inputs)[1] if isinstance(step, triton_impl.Launch)]
+
+
+def gradient_launches(*variant: Any) -> list[triton_impl.Launch]:
+    """The four steps of the gradient of a variant as of :func:`triton_launches`."""
+    inputs = _triton_inputs(*variant)
+    _, steps = triton_backward.steps(inputs[0], *inputs)
+    return [step for step in steps if isinstance(step, triton_impl.Launch)][-4:]
+
+
+def _triton_inputs(
+    dtype: str | torch.dtype, heads: int, width: int, side: int, window: int, pool: int, interaction: str
+) -> tuple[Any, ...]:
     like: dict[str, Any] = {"device": "meta", "dtype": DTYPES.get(dtype, dtype)}  # type: ignore[call-overload]
     q, k, v = (torch.empty(2, side * side, heads, width, **like).transpose(1, 2) for _ in range(3))
     gate = torch.empty(heads, **like) if interaction == "gated" else None
-    cut = (side, side), (window, window), (pool, pool)
-    steps = triton_impl.launches(q, k, v, *cut, interaction, False, gate, None)[1]
-    return [step for step in steps if isinstance(step, triton_impl.Launch)]
+    return q, k, v, (side, side), (window, window), (pool, pool), interaction, False, gate, None
 
 
 def _triton_gates() -> Iterator[Gate]:
