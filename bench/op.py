@@ -1,6 +1,7 @@
 """``python -m bench op NAME``: one op at the shapes of the models, against the plain PyTorch that it replaces."""
 
 import argparse
+import functools
 import importlib
 import math
 import sys
@@ -93,10 +94,13 @@ def run(options: argparse.Namespace) -> int:
             sample = bench.sample(name, device, dtype)
             measure(op, bench, sample, cache == "cold", options.repeats, options.compile, found)
             if options.json:  # after every case: a run that is cut off keeps what it has measured
-                harness.write_json(options.json, facts | {"rows": list(map(vars, found.rows))})
+                rows = {"rows": list(map(vars, found.rows))}
+                harness.write_json(options.json, facts | rows | _conclusions(bench, found.rows))
     print(f"{op.name}, {arguments.dtype_name(dtype)}, {facts['device']}, caches {cache}")
     print(f"a copy in memory reads and writes {ceiling / 1e9:.1f} GB/s")
     print(table(found.rows, ceiling))
+    if drawn := _conclusions(bench, found.rows):
+        print(bench.table(drawn["conclusions"]))
     for sentence in (*found.unserved, *found.refusals):
         print(f"bench: {sentence}", file=sys.stderr)
     return 1 if found.refusals else 0
@@ -113,9 +117,15 @@ def measure(
 ) -> None:
     """Add to ``found`` the providers that keep the numerical contract on ``sample``, and why others do not count."""
     providers = {"eager": bench.eager}
+
+    @functools.cache
+    def definition() -> tuple[Tensor, Tensor]:  # in float64, and in the dtype of the sample
+        public = functools.partial(getattr(fastsd_kernels, op.name), backend="reference")
+        return public(**sample.map_tensors(Tensor.double).kwargs), public(**sample.kwargs)
+
     for name, function in _candidates(op, bench, sample, with_compile).items():
         try:
-            _check(op, bench, sample, name, function)
+            _check(op, bench, sample, name, function, definition)
         except BackendUnavailable as refusal:
             found.unserved.append(f"{sample}: {refusal}")
         except ContractViolation as violation:
@@ -128,7 +138,7 @@ def measure(
             providers[name] = function
 
     traffic = _bytes(sample.kwargs.values()) + _bytes([bench.eager(**sample.kwargs)])
-    calls = [sample.kwargs] * min(MOST_CALLS, math.ceil(RUN_BYTES / traffic))
+    calls = [sample.kwargs] * min(getattr(bench, "MOST_CALLS", MOST_CALLS), math.ceil(RUN_BYTES / traffic))
     if cold:
         calls = [sample.map_tensors(lambda t: t.clone(memory_format=torch.preserve_format)).kwargs for _ in calls]
     clock = _clock(_first(sample).device, cold)
@@ -193,7 +203,8 @@ def _candidates(op: Op, bench: ModuleType, sample: Sample, with_compile: bool) -
     if with_compile:
         torch.compiler.reset()
         candidates["compile"] = torch.compile(bench.eager, dynamic=False)
-    return candidates | _others(bench, device, with_compile)
+    yardsticks = {name: function for name, (function, _) in _yardsticks(bench).items()}
+    return candidates | _others(bench, device, with_compile) | yardsticks
 
 
 def _others(bench: ModuleType, device: torch.device, with_compile: bool) -> dict[str, Callable[..., Tensor]]:
@@ -201,15 +212,39 @@ def _others(bench: ModuleType, device: torch.device, with_compile: bool) -> dict
     return bench.others(device, with_compile) if hasattr(bench, "others") else {}
 
 
+def _yardsticks(bench: ModuleType) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]:
+    """Functions other than the op's that its time is held against, each with its definition in plain PyTorch."""
+    return bench.yardsticks() if hasattr(bench, "yardsticks") else {}
+
+
+def _conclusions(bench: ModuleType, rows: list[Row]) -> dict[str, Any]:
+    """What a benchmark draws from the medians of all its providers, where it does."""
+    if not hasattr(bench, "conclusions"):
+        return {}
+    medians: dict[str, dict[str, float]] = {}
+    for row in rows:
+        medians.setdefault(row.case, {})[row.provider] = row.median_s
+    return {"conclusions": bench.conclusions(medians)}
+
+
 def _first(sample: Sample) -> Tensor:
     return next(value for value in sample.kwargs.values() if isinstance(value, Tensor))
 
 
-def _check(op: Op, bench: ModuleType, sample: Sample, name: str, function: Callable[..., Tensor]) -> None:
-    if (other := _others(bench, _first(sample).device, True).get(name)) is not None:
-        public = getattr(fastsd_kernels, op.name)
-        exact = public(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
-        assert_contract(other(**sample.kwargs), exact, public(**sample.kwargs, backend="reference"))
+def _check(
+    op: Op,
+    bench: ModuleType,
+    sample: Sample,
+    name: str,
+    function: Callable[..., Tensor],
+    definition: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
+    if name in _others(bench, _first(sample).device, True):
+        assert_contract(function(**sample.kwargs), *definition(), sample.relative_l2)
+    elif name in (yardsticks := _yardsticks(bench)):
+        plain = yardsticks[name][1]
+        exact = plain(**sample.map_tensors(Tensor.double).kwargs)
+        assert_contract(function(**sample.kwargs), exact, plain(**sample.kwargs), sample.relative_l2)
     elif name == "compile":
         exact = bench.eager(**sample.map_tensors(Tensor.double).kwargs)
         assert_contract(function(**sample.kwargs), exact, bench.eager(**sample.kwargs))

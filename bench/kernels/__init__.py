@@ -2,5 +2,10 @@
 
 Such a file has ``CASES``, a mapping with the names of the calls; ``sample(name, device, dtype)``, which makes the
 arguments of one; ``eager(**arguments)``, the plain PyTorch that diffusers runs in the op's place; and
-``flops(**arguments)``, the arithmetic of one call.
+``flops(**arguments)``, the arithmetic of one call. It may have
+
+- ``others(device, with_compile)``: the op's function in other ways, held to its contract;
+- ``yardsticks()``: other functions, each with its definition in plain PyTorch, which it is held to;
+- ``MOST_CALLS``: of a timed run;
+- ``conclusions(medians)``: what follows from the medians of every case, and ``table`` of that.
 """

@@ -69,6 +69,8 @@ struct Convolution {
   const float* packed;                  // weights for m = 2 and 4
   const T* weights;                     // for m = 1: [out_channels, depth], a channel's taps side by side if taps_last
   bool taps_last;
+  const float* alpha;    // [batch, experts]: weights are [experts, out_channels, depth], mixed anew for each sample
+  int64_t expert_count;  // 0 where alpha is null
   const float *bias, *channel_bias;  // [out_channels], [batch or 1, out_channels]; each may be null
   int64_t channel_bias_stride;
   const T* residual;
@@ -101,7 +103,7 @@ struct Convolution {
 
   void run() const {
     const Strips all = strips();
-    if (form.m == 1) {
+    if (form.m == 1 && !alpha) {
       const int64_t depth = round_up(form.taps() * channels, kWidestVector);
       const int64_t rows = std::min(kMostTaskRows, kTaskBytes / (depth * int64_t(sizeof(float))));
       const int64_t per_task = rows / all.width;
@@ -182,24 +184,58 @@ struct Convolution {
         }
       });
       const int64_t rows = count * strip;
-      share_out(frequencies * panels, 1, [&](int64_t begin, int64_t end) {
-        static thread_local AlignedFloats scratch;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t f = task / panels, p = task % panels, per_panel = taps * channels * kPanel;
-          float* to = sums + f * per_sum + p * kPanel;
-          if (m == 1)
-            kernels.multiply_unpacked(inputs, rows, taps * channels, depth, weights + p * per_panel, of_panel(p),
-                                      scratch.at_least(kPanelDepth * kPanel), to, columns);
-          else
-            kernels.multiply(inputs + f * per_input, rows, channels, depth, packed + task * per_panel, to, columns);
-        }
-      });
+      if (alpha)
+        multiply_mixed(all, first, count, inputs, per_input, depth, sums, per_sum, columns);
+      else
+        share_out(frequencies * panels, 1, [&](int64_t begin, int64_t end) {
+          static thread_local AlignedFloats scratch;
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t f = task / panels, p = task % panels, per_panel = taps * channels * kPanel;
+            float* to = sums + f * per_sum + p * kPanel;
+            if (m == 1)
+              kernels.multiply_unpacked(inputs, rows, taps * channels, depth, weights + p * per_panel, of_panel(p),
+                                        scratch.at_least(kPanelDepth * kPanel), to, columns);
+            else
+              kernels.multiply(inputs + f * per_input, rows, channels, depth, packed + task * per_panel, to, columns);
+          }
+        });
       share_out(rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile)
           write_tile(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, biases, columns);
       });
     }
     kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
+  }
+
+  // The products of a block with weights that are mixed for each sample, panel by panel, where they are used. A panel's
+  // experts are read from memory for the first sample of a block alone.
+  void multiply_mixed(const Strips& all, int64_t first, int64_t count, const float* inputs, int64_t per_input,
+                      int64_t depth, float* sums, int64_t per_sum, int64_t columns) const {
+    const int64_t per_sample = all.tile_rows * all.per_row, sample = first / per_sample;
+    const int64_t samples = (first + count - 1) / per_sample - sample + 1;
+    const int64_t per_row = form.kernel * form.kernel * channels, per_frequency = channels * kPanel;
+    share_out(columns / kPanel * samples, 1, [&](int64_t begin, int64_t end) {
+      static thread_local AlignedFloats scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t p = task / samples, b = sample + task % samples;
+        const int64_t from = std::max(first, b * per_sample), until = std::min(first + count, (b + 1) * per_sample);
+        const int64_t row = (from - first) * all.width, rows = (until - from) * all.width;
+        const Mixture<T> mixture{weights + p * kPanel * per_row, per_row, out_channels * per_row,
+                                 alpha + b * expert_count, expert_count};
+        float* to = sums + row * columns + p * kPanel;
+        if (form.m == 1) {
+          kernels.multiply_mixed(inputs + row * depth, rows, per_row, depth, mixture, of_panel(p),
+                                 scratch.at_least(kPanelDepth * kPanel), to, columns);
+          continue;
+        }
+        float* panel = scratch.at_least(form.frequencies() * per_frequency);
+        kernels.mix_frequencies(mixture, of_panel(p), channels, panel);
+        for (int64_t f = 0; f < form.frequencies(); ++f)
+          kernels.multiply(inputs + f * per_input + row * depth, rows, channels, depth, panel + f * per_frequency,
+                           to + f * per_sum, columns);
+      }
+      scratch.release_above(kBlockBytes / int64_t(sizeof(float)));
+    });
   }
 
   // How many results a strip has that begins there.
@@ -301,16 +337,23 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 }
 
 // All tensors dense and NHWC, parameters in float32, out not empty: cpu_impl.py sees to it. weights: for m = 1 as they
-// are, dense in either layout, x's dtype; else packed.
+// are, dense in either layout, x's dtype; else packed. With alpha [batch, experts], weights are the experts as they
+// are, contiguous.
 void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, bool silu, Tensor row_map,
             Tensor column_map, Tensor weights, int64_t m, int64_t kernel, int64_t stride, std::optional<Tensor> bias,
-            std::optional<Tensor> channel_bias, std::optional<Tensor> residual, double scale, int64_t isa, Tensor out) {
+            std::optional<Tensor> channel_bias, std::optional<Tensor> residual, double scale, int64_t isa, Tensor out,
+            std::optional<Tensor> alpha) {
   const int64_t channels = x.size(1) + (skip ? skip->size(1) : 0), out_channels = out.size(1);
+  const int64_t experts = alpha ? alpha->size(1) : 0, plain = out_channels * channels * kernel * kernel;
   const Form form{m, kernel, stride};
   form.check();
-  if (out.numel() == 0 || weights.numel() != (m == 1 ? out_channels * channels * kernel * kernel
-                                                     : form.packed_size(out_channels, channels)))
-    throw std::invalid_argument("weights: expected [out, in, kernel, kernel], or what pack_conv2d makes of it");
+  if (out.numel() == 0 || weights.numel() != (alpha    ? experts * plain
+                                              : m == 1 ? plain
+                                                       : form.packed_size(out_channels, channels)))
+    throw std::invalid_argument(
+        "weights: expected [out, in, kernel, kernel], what pack_conv2d makes of it, or one for each expert");
+  if (alpha && alpha->size(0) != x.size(0)) throw std::invalid_argument("alpha: expected [batch, experts]");
+  const bool as_they_are = alpha || m == 1;
   if (row_map.numel() < form.reach(round_up(out.size(2), m)) ||
       column_map.numel() < form.reach(round_up(out.size(3), m)))
     throw std::invalid_argument("row_map, column_map: expected one entry for every pixel of every tile");
@@ -326,9 +369,11 @@ void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, 
                    static_cast<const int32_t*>(row_map.const_data_ptr()),
                    static_cast<const int32_t*>(column_map.const_data_ptr()),
                    data_or_null<float>(affine),
-                   m == 1 ? nullptr : static_cast<const float*>(weights.const_data_ptr()),
-                   m == 1 ? static_cast<const T*>(weights.const_data_ptr()) : nullptr,
-                   m == 1 && weights.stride(1) != 1,
+                   as_they_are ? nullptr : static_cast<const float*>(weights.const_data_ptr()),
+                   as_they_are ? static_cast<const T*>(weights.const_data_ptr()) : nullptr,
+                   alpha || (m == 1 && weights.stride(1) != 1),
+                   data_or_null<float>(alpha),
+                   experts,
                    data_or_null<float>(bias),
                    data_or_null<float>(channel_bias),
                    channel_bias && channel_bias->size(0) > 1 ? out_channels : 0,
@@ -351,7 +396,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
       "conv2d(Tensor x, Tensor? skip, Tensor? affine, bool silu, Tensor row_map, Tensor column_map, "
       "Tensor weights, int m, int kernel, int stride, Tensor? bias, Tensor? channel_bias, Tensor? residual, float "
       "scale, int isa, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, Tensor? alpha=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, m) {

@@ -39,6 +39,15 @@ struct Destination {
   int64_t per_row, per_pixel;
 };
 
+// Kernels that are mixed where they are used: the sum over `count` experts of alpha[e] times the rows of the e-th.
+template <typename T>
+struct Mixture {
+  const T* rows;  // the first wanted row of the first expert
+  int64_t per_row, per_expert;
+  const float* alpha;
+  int64_t count;
+};
+
 // The vectorised loops, as one instruction set has them; conv2d_kernel.h says what each does.
 template <typename T>
 struct ConvolutionKernels {
@@ -54,6 +63,9 @@ struct ConvolutionKernels {
   void (*pack_panel)(const T* rows, int64_t count, int64_t per_row, int64_t depth, float* to);
   void (*multiply_unpacked)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const T* b, int64_t count,
                             float* scratch, float* out, int64_t out_row);
+  void (*multiply_mixed)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const Mixture<T>& b, int64_t count,
+                         float* scratch, float* out, int64_t out_row);
+  void (*mix_frequencies)(const Mixture<T>& from, int64_t count, int64_t channels, float* to);
 };
 
 }  // namespace fastsd

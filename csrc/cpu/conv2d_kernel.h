@@ -213,6 +213,98 @@ static void multiply_unpacked(const float* a, int64_t rows, int64_t depth, int64
   }
 }
 
+// One row of a mixture, n elements from the first on.
+template <typename T>
+static inline void mix_row(const Mixture<T>& from, int64_t row, int64_t first, int64_t n, float* to) {
+  const T* data = from.rows + row * from.per_row + first;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vector sum = {}, value;
+    for (int64_t e = 0; e < from.count; ++e) {
+      read(data + e * from.per_expert + i, value);
+      sum += from.alpha[e] * value;
+    }
+    write(to + i, sum);
+  }
+  for (; i < n; ++i) {
+    float sum = 0.0f;
+    for (int64_t e = 0; e < from.count; ++e) sum += from.alpha[e] * load(data + e * from.per_expert + i);
+    to[i] = sum;
+  }
+}
+
+// pack_panel() of a mixture, from the element `first` of its rows on.
+template <typename T>
+static void mix_panel(const Mixture<T>& from, int64_t count, int64_t first, int64_t depth, float* to) {
+  constexpr int64_t piece = 144;  // so that the mixed rows stay in the first cache
+  alignas(64) float mixed[kPanel * piece];
+  for (int64_t d = 0; d < depth; d += piece) {
+    const int64_t n = depth - d < piece ? depth - d : piece;
+    for (int64_t k = 0; k < count; ++k) mix_row(from, k, first + d, n, mixed + k * piece);
+    pack_panel<float>(mixed, count, piece, n, to + d * kPanel);
+  }
+}
+
+// multiply_unpacked() by a mixture.
+template <typename T>
+static void multiply_mixed(const float* a, int64_t rows, int64_t depth, int64_t a_row, const Mixture<T>& b,
+                           int64_t count, float* scratch, float* out, int64_t out_row) {
+  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
+    mix_panel(b, count, first, n, scratch);
+    multiply_block(a + first, rows, n, a_row, scratch, out, out_row, step > 0);
+  }
+}
+
+// y = G x for F(2, 3) and F(4, 3).
+template <int M>
+static inline __attribute__((always_inline)) void weight_matrix(const Vector* x, Vector* y) {
+  if constexpr (M == 2) {
+    const Vector a = 0.5f * (x[0] + x[2]), b = 0.5f * x[1];
+    y[0] = x[0];
+    y[1] = a + b;
+    y[2] = a - b;
+    y[3] = x[2];
+  } else {
+    const Vector a = (-1.0f / 6) * (x[0] + x[2]), b = (1.0f / 6) * x[1];
+    const Vector c = (1.0f / 24) * x[0] + (1.0f / 6) * x[2], d = (1.0f / 12) * x[1];
+    y[0] = 0.25f * x[0];
+    y[1] = a - b;
+    y[2] = a + b;
+    y[3] = c + d;
+    y[4] = c - d;
+    y[5] = x[2];
+  }
+}
+
+// A panel of a mixture of 3x3 kernels whose taps lie side by side, transformed: to[frequency][channel][kPanel].
+template <int M, typename T>
+static void mix_frequencies(const Mixture<T>& from, int64_t count, int64_t channels, float* to) {
+  constexpr int N = kSide<M>;
+  constexpr int64_t taps = 9, piece = 16;
+  alignas(64) float panel[piece * taps * kPanel];
+  for (int64_t first = 0; first < channels; first += piece) {
+    const int64_t n = channels - first < piece ? channels - first : piece;
+    mix_panel(from, count, first * taps, n * taps, panel);
+    for (int64_t c = 0; c < n; ++c)
+      for (int s = 0; s < kPanel; s += kLanes) {
+        Vector half[N][3];
+        for (int j = 0; j < 3; ++j) {
+          Vector x[3], y[N];
+          for (int i = 0; i < 3; ++i) read(panel + (c * taps + i * 3 + j) * kPanel + s, x[i]);
+          weight_matrix<M>(x, y);
+          for (int i = 0; i < N; ++i) half[i][j] = y[i];
+        }
+        for (int i = 0; i < N; ++i) {
+          Vector y[N];
+          weight_matrix<M>(half[i], y);
+          for (int j = 0; j < N; ++j) write(to + ((i * N + j) * channels + first + c) * kPanel + s, y[j]);
+        }
+      }
+  }
+}
+
 // y = A^T x for F(2, 3) and F(4, 3).
 template <int M, typename V>
 static inline __attribute__((always_inline)) void output_matrix(const V* x, V* y) {
@@ -293,5 +385,7 @@ static ConvolutionKernels<T> convolution_kernels(bool silu) {
           transform_output<M, T>,
           write_pixels<T>,
           pack_panel<T>,
-          multiply_unpacked<T>};
+          multiply_unpacked<T>,
+          multiply_mixed<T>,
+          mix_frequencies<M, T>};
 }

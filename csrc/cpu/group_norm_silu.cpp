@@ -191,6 +191,27 @@ struct Problem {
     });
   }
 
+  // The same, and the mean of each channel of the result, [batch, channels]: of a block while it is in cache.
+  void run_channels_last(float* means) const {
+    const int64_t rows = rows_per_block(), blocks = ceil_div(space, rows);
+    AlignedFloats affines(batch * 3 * channels), moments(batch * blocks * 3 * channels);
+    fill_affines(affines.data());
+    parallel_for(0, batch * blocks, ceil_div(kElementsPerTask, rows * channels), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / blocks, first = task % blocks * rows, n = std::min(rows, space - first);
+        normalise(b * space + first, n, 0, channels, row_of<Affine>(affines.data(), b, channels));
+        kernels.channel_moments(y + (b * space + first) * channels, n, channels, channels,
+                                row_of<Moments>(moments.data(), task, channels));
+      }
+    });
+    std::vector<double> mean(channels), squares(channels);
+    for (int64_t b = 0; b < batch; ++b) {
+      kernels.merge_blocks(row_of<Moments>(moments.data(), b * blocks, channels), 3 * channels, rows, space, channels,
+                           mean.data(), squares.data());
+      std::copy(mean.begin(), mean.end(), means + b * channels);
+    }
+  }
+
   const T* plane(int64_t b, int64_t c) const {
     return c < x_channels ? x + (b * x_channels + c) * space
                           : skip + (b * (channels - x_channels) + c - x_channels) * space;
@@ -302,6 +323,18 @@ void group_norm_silu(Tensor x, std::optional<Tensor> skip, std::optional<Tensor>
   });
 }
 
+// The same, channels last, and the mean of each channel of the result: means [batch, channels].
+void group_norm_silu_mean(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> weight,
+                          std::optional<Tensor> bias, int64_t groups, double eps, bool silu, int64_t isa, Tensor out,
+                          Tensor means) {
+  check_groups(x, skip, groups);
+  with_element(x, [&](auto element) {
+    problem_of<decltype(element)>(x, skip, weight, bias, std::nullopt, groups, eps, silu, checked_isa(isa),
+                                  out.mutable_data_ptr())
+        .run_channels_last(static_cast<float*>(means.mutable_data_ptr()));
+  });
+}
+
 // The same up to the statistics: out [batch, 3, channels] are center, scale and offset of each channel, such that
 // (x - center) * scale + offset is normalised. Channels last; otherwise as above.
 void group_norm_affine(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> weight, std::optional<Tensor> bias,
@@ -320,12 +353,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsd_cpu, m) {
       "group_norm_silu(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? channel_bias, int groups, "
       "float eps, bool silu, bool channels_last, int isa, Tensor(a!) out) -> ()");
   m.def(
+      "group_norm_silu_mean(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, "
+      "int isa, Tensor(a!) out, Tensor(b!) means) -> ()");
+  m.def(
       "group_norm_affine(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int groups, float eps, int isa, "
       "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsd_cpu, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("group_norm_silu_mean", TORCH_BOX(&group_norm_silu_mean));
   m.impl("group_norm_affine", TORCH_BOX(&group_norm_affine));
 }
 

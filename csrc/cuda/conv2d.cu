@@ -12,7 +12,8 @@
 // Nothing depends on the order of blocks, and there are no atomics: two runs are equal to the bit.
 //
 // Maps are channels last, [B, H, W, C]. The channels of x and those of skip are each padded to a multiple of 8, by the
-// host in the weights and here in shared memory; with these C' channels the weights are [K, taps, C'].
+// host in the weights and here in shared memory; with these C' channels the weights are [K, taps, C'], or as many of
+// these for each sample.
 //
 // Defined by the host: DTYPE, the maps' element, __half or __nv_bfloat16; PARAMETER_DTYPE, that of norm weight and
 // bias, bias and channel_bias; VECTOR, elements of one access to x and skip, which divides the channels of both;
@@ -337,8 +338,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
                          const P* channel_bias, const T* residual, T* y, float* workspace, float* moments, i64 batch,
                          i64 x_channels, i64 skip_channels, i64 height, i64 width, i64 enlarged_height,
                          i64 enlarged_width, i64 left, i64 top, i64 out_channels, i64 out_height, i64 out_width,
-                         i64 channel_bias_stride, i64 given_splits, i64 activate, float row_factor, float column_factor,
-                         float output_scale) {
+                         i64 weight_stride, i64 channel_bias_stride, i64 given_splits, i64 activate, float row_factor,
+                         float column_factor, float output_scale) {
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int warp_position = warp / kWarpsOfK * kWarpPositions, warp_k = warp % kWarpsOfK * WARP_K;
   const Input input{x,
@@ -365,6 +366,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
   block /= tiles_w;
   const int first_row = static_cast<int>(block % tiles_h) * TILE_H;
   const i64 sample = block / tiles_h;
+  weight += sample * weight_stride;
 
   const Halo halo{sample,
                   first_row * STRIDE - static_cast<int>(top),

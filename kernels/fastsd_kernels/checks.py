@@ -1,9 +1,14 @@
 """What the ops check alike about their arguments."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fastsd_kernels.layout import output_size
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STRIDES = (1, 2)
 
 
 def check_kind(**tensors: Tensor | None) -> None:
@@ -73,3 +78,43 @@ def check_groups(name: str, num_groups: int, channels: int) -> None:
     """``channels``, at least one, fall into so many groups."""
     if num_groups < 1 or channels % num_groups or channels == 0:
         raise ValueError(f"{name}: expected a positive divisor of {channels} channels; got {num_groups}")
+
+
+def check_norm(
+    batch: int, channels: int, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    """A GroupNorm that may be left out (0 groups), and may scale and shift by sample."""
+    if num_groups < 0 or (num_groups > 0 and channels % num_groups):
+        raise ValueError(f"num_groups: expected 0 or a positive divisor of {channels} channels; got {num_groups}")
+    for name, tensor in (("norm_weight", weight), ("norm_bias", bias)):
+        if tensor is not None and num_groups == 0:
+            raise ValueError(f"{name}: expected None without a norm (num_groups=0); got {tuple(tensor.shape)}")
+        check_vector(name, tensor, channels, batch)
+    check_eps(eps)
+
+
+def check_window(x: Tensor, size: Sequence[int], kernel: int, stride: int, padding: Sequence[int]) -> tuple[int, int]:
+    """A kernel can be moved over the map ``x``, enlarged to ``size``; returns height and width of the result."""
+    if stride not in STRIDES:
+        raise ValueError(f"stride: expected 1 or 2; got {stride}")
+    if len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"padding: expected a number or (left, right, top, bottom), none negative; got {padding}")
+    out_size = output_size(size, kernel, stride, padding)
+    if min(out_size) < 1:
+        raise ValueError(
+            f"x: expected a height and a width that the kernel fits into; got shape {tuple(x.shape)} "
+            f"with padding {tuple(padding)}"
+        )
+    return out_size
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    """``residual`` can be added to a result of this shape."""
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual: expected the result's shape {shape}; got {tuple(residual.shape)}")
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(filter(None, choices))}; got {value!r}")

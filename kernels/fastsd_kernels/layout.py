@@ -1,4 +1,4 @@
-"""Memory layouts of feature maps ``[B, C, *spatial]``: channels first or channels last."""
+"""Layouts and sizes of feature maps ``[B, C, *spatial]``: channels first or channels last."""
 
 from collections.abc import Sequence
 
@@ -40,3 +40,10 @@ def empty_map(like: Tensor, channels: int, channels_last: bool, size: Sequence[i
     if channels_last:
         return like.new_empty((shape[0], *shape[2:], channels)).movedim(-1, 1)
     return like.new_empty(shape)
+
+
+def output_size(size: Sequence[int], kernel: int, stride: int, padding: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the result for those of the map that is convolved; padding: left, right, top, bottom."""
+    left, right, top, bottom = padding
+    height, width = size
+    return (height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1

@@ -7,24 +7,25 @@ from torch import Tensor
 
 from fastsd_kernels.checks import (
     check_channel_bias,
+    check_choice,
     check_dtype,
-    check_eps,
     check_kind,
     check_map,
+    check_norm,
+    check_residual,
     check_skip,
     check_vector,
+    check_window,
 )
 from fastsd_kernels.conv2d import measured
 from fastsd_kernels.conv2d.reference import conv2d as definition
-from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.dispatch import Op
 from fastsd_kernels.gradient import gradient_of
-from fastsd_kernels.layout import empty_map, is_channels_last
+from fastsd_kernels.layout import empty_map, is_channels_last, output_size
 
 ACTIVATIONS = ("none", "silu")
 ALGORITHMS = ("direct", "product", "winograd2", "winograd4", "implicit_gemm")
 KERNEL_SIZES = (1, 3)
-STRIDES = (1, 2)
 _SCHEMA = """(
     Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[4] padding=0, Tensor? skip=None,
     int num_groups=0, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, Tensor? mean=None,
@@ -148,32 +149,18 @@ def _check(
         raise ValueError(
             f"weight: expected {channels} input channels, and at least one in and out; got shape {tuple(weight.shape)}"
         )
-    if stride not in STRIDES:
-        raise ValueError(f"stride: expected 1 or 2; got {stride}")
-    if len(padding) != 4 or min(padding) < 0:
-        raise ValueError(f"padding: expected a number or (left, right, top, bottom), none negative; got {padding}")
     if upsample_size is not None and (len(upsample_size) != 2 or min(upsample_size) < 1):
         raise ValueError(f"upsample_size: expected (height, width), both positive; got {tuple(upsample_size)}")
     size = x.shape[2:] if upsample_size is None else upsample_size
-    out_height, out_width = output_size(size, weight.shape[2], stride, padding)
-    if out_height < 1 or out_width < 1:
-        raise ValueError(
-            f"x: expected a height and a width that the kernel fits into; got shape {tuple(x.shape)} "
-            f"with padding {tuple(padding)}"
-        )
+    out_size = check_window(x, size, weight.shape[2], stride, padding)
     out_channels = weight.shape[0]
-    _check_norm(batch, channels, num_groups, norm_weight, norm_bias, eps, mean, rstd)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
+    check_norm(batch, channels, num_groups, norm_weight, norm_bias, eps)
+    _check_statistics(batch, num_groups, mean, rstd)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("algorithm", algorithm, (None, *ALGORITHMS))
     check_vector("bias", bias, out_channels)
     check_channel_bias(channel_bias, batch, out_channels)
-    if residual is not None and residual.shape != (batch, out_channels, out_height, out_width):
-        raise ValueError(
-            f"residual: expected the result's shape {(batch, out_channels, out_height, out_width)}; "
-            f"got {tuple(residual.shape)}"
-        )
+    check_residual(residual, (batch, out_channels, *out_size))
     check_kind(
         x=x,
         weight=weight,
@@ -189,30 +176,14 @@ def _check(
     check_dtype(x=x, weight=weight, skip=skip, residual=residual)
 
 
-def _check_norm(
-    batch: int,
-    channels: int,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-) -> None:
-    if num_groups < 0 or (num_groups > 0 and channels % num_groups):
-        raise ValueError(f"num_groups: expected 0 or a positive divisor of {channels} channels; got {num_groups}")
-    if num_groups == 0:
-        for name, tensor in (("norm_weight", weight), ("norm_bias", bias), ("mean", mean), ("rstd", rstd)):
-            if tensor is not None:
-                raise ValueError(f"{name}: expected None without a norm (num_groups=0); got {tuple(tensor.shape)}")
-    check_eps(eps)
-    check_vector("norm_weight", weight, channels, batch)
-    check_vector("norm_bias", bias, channels, batch)
-    if (mean is None) != (rstd is None):
-        raise ValueError("mean, rstd: expected both or none; got one of them")
+def _check_statistics(batch: int, num_groups: int, mean: Tensor | None, rstd: Tensor | None) -> None:
     for name, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor is not None and num_groups == 0:
+            raise ValueError(f"{name}: expected None without a norm (num_groups=0); got {tuple(tensor.shape)}")
         if tensor is not None and tensor.shape != (batch, num_groups):
             raise ValueError(f"{name}: expected shape ({batch}, {num_groups}); got {tuple(tensor.shape)}")
+    if (mean is None) != (rstd is None):
+        raise ValueError("mean, rstd: expected both or none; got one of them")
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int], *args: Any) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastsd_kernels import cpu_runtime
 from fastsd_kernels.conv2d import composed, cpu_costs, packed_weights
-from fastsd_kernels.conv2d.sizes import TILES, output_size, packed_shape
-from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense
+from fastsd_kernels.conv2d.sizes import TILES, packed_shape
+from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense, output_size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALGORITHMS = ("direct", "product", "winograd2", "winograd4")
@@ -73,22 +73,48 @@ def run(
         surroundings = (activation, upsample_size, channel_bias, residual, output_scale)
         return composed.run(x, weight, bias, stride, padding, skip, *norm, *surroundings)
 
+    tile = TILES[algorithm]
+    weights = _as_is(weight) if tile == 1 else packed_weights.packed(weight, tile, call.positions, _pack)
+    geometry = (weight.shape[0], call.kernel, stride, padding, size, out_size)
+    behind = (bias, channel_bias, residual, output_scale)
+    return multiply(x, weights, tile, *geometry, skip, norm, activation, *behind)
+
+
+def multiply(
+    x: Tensor,  # [B, C1, H, W]
+    weights: Tensor,  # as csrc/cpu/conv2d.cpp reads them
+    tile: int,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    padding: Sequence[int],
+    size: Sequence[int],  # of the enlarged map
+    out_size: tuple[int, int],
+    skip: Tensor | None,
+    norm: tuple[Any, ...],  # num_groups, weight, bias, eps, mean, rstd
+    activation: str,
+    bias: Tensor | None,  # [K]
+    channel_bias: Tensor | None,  # [B, K] or [1, K]
+    residual: Tensor | None,  # [B, K, H', W']
+    output_scale: float,
+    alpha: Tensor | None = None,  # [B, E], float32: weights are experts [E, K, C, R, R]
+) -> Tensor:
+    """The C++ kernel on a map that is not empty."""
     channels_last = is_channels_last(x)
-    out = empty_map(x, weight.shape[0], True, out_size)
+    out = empty_map(x, out_channels, True, out_size)
     x = dense(x, True)
     skip = None if skip is None else dense(skip, True)
-    tile = TILES[algorithm]
     left, _, top, _ = padding
     torch.ops.fastsd_cpu.conv2d.default(
         x,
         skip,
-        _affine(x, skip, *norm) if num_groups else None,
+        _affine(x, skip, *norm) if norm[0] else None,
         activation == "silu",
-        _source_map(x.shape[2], size[0], top, out_size[0], tile, call.kernel, stride),
-        _source_map(x.shape[3], size[1], left, out_size[1], tile, call.kernel, stride),
-        _as_is(weight) if tile == 1 else packed_weights.packed(weight, tile, call.positions, _pack),
+        _source_map(x.shape[2], size[0], top, out_size[0], tile, kernel, stride),
+        _source_map(x.shape[3], size[1], left, out_size[1], tile, kernel, stride),
+        weights,
         tile,
-        call.kernel,
+        kernel,
         stride,
         _float32(bias),
         _float32(channel_bias),
@@ -96,6 +122,7 @@ def run(
         output_scale,
         cpu_runtime.isa(),
         out,
+        alpha,
     )
     return dense(out, channels_last)
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from fastsd_kernels import cuda_runtime
 from fastsd_kernels.conv2d import composed, measured
-from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.cuda_runtime import ELEMENTS, MAX_BLOCKS, VECTOR_BYTES, Launch, alignment, of_one_dtype
 from fastsd_kernels.group_norm_silu import cuda_impl as group_norm
-from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense
+from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense, output_size
 
 SOURCE = "conv2d.cu"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -218,10 +217,15 @@ def reject(
             "use algorithm='direct'"
         )
     size = output_size(upsample_size or x.shape[2:], weight.shape[2], stride, padding)
-    tiles = tile_for(stride, max(1, weight.shape[0]), *(max(1, s) for s in size))
-    blocks = x.shape[0] * max(tiles.count(weight.shape[0], *size), weight.shape[1])
+    return reject_size(x.shape[0], weight.shape[1], weight.shape[0], stride, size)
+
+
+def reject_size(batch: int, channels: int, out_channels: int, stride: int, size: tuple[int, int]) -> str | None:
+    """Why ``implicit_gemm`` cannot compute a result of that height and width, or ``None``."""
+    tiles = tile_for(stride, max(1, out_channels), *(max(1, s) for s in size))
+    blocks = batch * max(tiles.count(out_channels, *size), channels)
     if blocks > MAX_BLOCKS:
-        return f"x has {x.shape[0]} samples, which take {blocks} blocks; implicit_gemm takes up to {MAX_BLOCKS}"
+        return f"x has {batch} samples, which take {blocks} blocks; implicit_gemm takes up to {MAX_BLOCKS}"
     return None
 
 
@@ -248,7 +252,7 @@ def convolve(
     launch: Callable[..., None],
     multiprocessors: int,
     x: Tensor,  # [B, C1, H, W]
-    weight: Tensor,  # [K, C, R, R], C = C1 + C2
+    weight: Tensor,  # [K, C, R, R] or [B, K, C, R, R], C = C1 + C2
     bias: Tensor | None,  # [K]
     stride: int,
     padding: Sequence[int],  # left, right, top, bottom
@@ -276,7 +280,7 @@ def convolve(
             ``residual`` and ``output_scale``.
     """
     batch, x_channels, height, width = x.shape
-    out_channels, channels, kernel, _ = weight.shape
+    out_channels, channels, kernel, _ = weight.shape[-4:]
     skip_channels = channels - x_channels
     enlarged_height, enlarged_width = upsample_size or (height, width)
     out_height, out_width = output_size((enlarged_height, enlarged_width), kernel, stride, padding)
@@ -314,15 +318,12 @@ def convolve(
         moments=note_moments,
     )
 
-    start = functools.partial(_start, launch, x.device)
+    start = functools.partial(start_on, launch, x.device)
     packed = _packed(weight, x_channels)
     coefficients = None
     if num_groups and height * width:
-        coefficients = x.new_empty((batch, 3, packed.shape[2]), dtype=torch.float32)  # center, scale, offset
-        statistics, cut = _statistics(start, multiprocessors, x, skip, num_groups, mean, rstd, moments_of_x)
-        strides = [0 if q is None or q.dim() == 1 else channels for q in (norm_weight, norm_bias)]
-        sizes = [x_channels, skip_channels, height * width, num_groups, *strides, *cut]
-        start(SOURCE, p.coefficients, p.defines, [*statistics, norm_weight, norm_bias, coefficients, *sizes, eps])
+        norm = (num_groups, norm_weight, norm_bias, eps, mean, rstd, moments_of_x)
+        coefficients = norm_coefficients(start, multiprocessors, p, x, skip, *norm)
 
     channel_bias_stride = 0 if channel_bias is None or channel_bias.shape[0] == 1 else out_channels
     workspace = None
@@ -341,7 +342,8 @@ def convolve(
             *(x, skip, packed, coefficients, bias, channel_bias, residual, out, workspace),
             None if moments is None else moments.values,
             *(batch, x_channels, skip_channels, height, width, enlarged_height, enlarged_width, left, top),
-            *(out_channels, out_height, out_width, channel_bias_stride, p.splits, int(activation == "silu")),
+            *(out_channels, out_height, out_width, 0 if weight.dim() == 4 else packed[0].numel()),
+            *(channel_bias_stride, p.splits, int(activation == "silu")),
             *(*factors, output_scale),
         ],
     )
@@ -349,6 +351,31 @@ def convolve(
         sizes = [batch, out_height * out_width, out_channels, channel_bias_stride, p.splits]
         start(SOURCE, p.reduce, p.defines, [workspace, bias, channel_bias, residual, out, *sizes, output_scale])
     return result if out is result else result.copy_(out), moments
+
+
+def norm_coefficients(
+    start: Callable[..., None],  # start_on, with its launch and its device
+    multiprocessors: int,
+    p: Plan,
+    x: Tensor,  # [B, C1, H, W], dense in channels last
+    skip: Tensor | None,  # [B, C2, H, W], likewise
+    num_groups: int,
+    norm_weight: Tensor | None,  # [C] or [B, C], of the plan's dtype
+    norm_bias: Tensor | None,  # [C] or [B, C]
+    eps: float,
+    mean: Tensor | None = None,  # [B, num_groups]
+    rstd: Tensor | None = None,  # [B, num_groups]
+    moments: Moments | None = None,
+) -> Tensor:
+    """Center, scale and offset ``[B, 3, C']``, the channels of x and those of skip each padded to a multiple of 8."""
+    x_channels, skip_channels = x.shape[1], 0 if skip is None else skip.shape[1]
+    padded = sum(math.ceil(channels / _COLUMN) * _COLUMN for channels in (x_channels, skip_channels))
+    coefficients = x.new_empty((x.shape[0], 3, padded), dtype=torch.float32)
+    statistics, cut = _statistics(start, multiprocessors, x, skip, num_groups, mean, rstd, moments)
+    strides = [0 if q is None or q.dim() == 1 else x_channels + skip_channels for q in (norm_weight, norm_bias)]
+    sizes = [x_channels, skip_channels, x.shape[2:].numel(), num_groups, *strides, *cut]
+    start(SOURCE, p.coefficients, p.defines, [*statistics, norm_weight, norm_bias, coefficients, *sizes, eps])
+    return coefficients
 
 
 def _statistics(
@@ -386,7 +413,7 @@ def _statistics(
     return [partials, None, None, None], [*cut, 0, 0, 0]
 
 
-def _start(
+def start_on(
     launch: Callable[..., None],
     device: torch.device,
     source: str,
@@ -394,6 +421,7 @@ def _start(
     defines: tuple[str, ...],
     args: list[Tensor | int | float | None],
 ) -> None:
+    """Launch a kernel of a plan."""
     launch(
         source,
         kernel.kernel,
@@ -407,11 +435,14 @@ def _start(
 
 
 def _packed(weight: Tensor, x_channels: int) -> Tensor:
-    """Weights ``[K, R·R, C']``, the channels of x and those of skip each padded with zeros to a multiple of 8."""
-    rows = weight.flatten(2).movedim(1, -1)
-    skip_channels = rows.shape[2] - x_channels
+    """Weights ``[K, R·R, C']``, the channels of x and those of skip each padded with zeros to a multiple of 8.
+
+    As many for each sample, if the weights begin with a batch.
+    """
+    rows = weight.flatten(-2).movedim(-2, -1)
+    skip_channels = rows.shape[-1] - x_channels
     if x_channels % _COLUMN == 0 and skip_channels % _COLUMN == 0:
         packed = rows.contiguous()
         return packed if alignment(packed) == VECTOR_BYTES else packed.clone()
     parts = rows.split([x_channels, skip_channels], -1)
-    return torch.cat([F.pad(part, (0, -part.shape[2] % _COLUMN)) for part in parts], -1).contiguous()
+    return torch.cat([F.pad(part, (0, -part.shape[-1] % _COLUMN)) for part in parts], -1).contiguous()

@@ -25,9 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.conv2d.triton_tiles import TILES, Tile
-from fastsd_kernels.layout import is_channels_last
+from fastsd_kernels.layout import is_channels_last, output_size
 
 ENVIRONMENT_VARIABLE = "FASTSD_MEASURED"
 PACKAGE_FILE = Path(__file__).with_name("measured.json")

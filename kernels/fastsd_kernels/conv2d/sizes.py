@@ -1,11 +1,10 @@
-"""Sizes: of the result, and of the CPU kernels' tiles and packed weights.
+"""Sizes of the CPU kernels' tiles and packed weights.
 
 A tile is m × m pixels of the result. ``"product"`` has m = 1: each pixel is one product of a column of inputs (im2col)
 with all weights. Winograd's algorithms have a product for each of their (m + 2)² frequencies.
 """
 
 import math
-from collections.abc import Sequence
 
 TILES = {"product": 1, "winograd2": 2, "winograd4": 4}
 PANEL = 32  # columns of packed weights that lie side by side
@@ -24,10 +23,3 @@ def packed_shape(out_channels: int, channels: int, tile: int) -> tuple[int, ...]
 def tiles_of(batch: int, height: int, width: int, tile: int) -> int:
     """How many tiles cover the result."""
     return batch * math.ceil(height / tile) * math.ceil(width / tile)
-
-
-def output_size(size: Sequence[int], kernel: int, stride: int, padding: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the result for those of the map that is convolved; padding: left, right, top, bottom."""
-    left, right, top, bottom = padding
-    height, width = size
-    return (height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1

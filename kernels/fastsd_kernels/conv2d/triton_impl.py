@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fastsd_kernels import triton_runtime
 from fastsd_kernels.conv2d import measured
-from fastsd_kernels.conv2d.sizes import output_size
 from fastsd_kernels.conv2d.triton_tiles import TILES, Tile
 from fastsd_kernels.group_norm_silu import triton_impl as norm
-from fastsd_kernels.layout import dense, empty_map, is_channels_last
+from fastsd_kernels.layout import dense, empty_map, is_channels_last, output_size
 from fastsd_kernels.triton_runtime import Launch, ceil_div, contiguous, row_stride, unavailable
 
 if triton_runtime.triton is not None:
@@ -44,8 +43,8 @@ ALGORITHM = "implicit_gemm"
 # the gates)
 # Most positions and output channels of a tile, and input channels of a step
 MOST_M, MOST_N, MOST_K = 128, 128, 32
-# Steps under way at once: one is computed, the others are loaded
-STAGES = 4
+# Steps under way at once: one is computed, the others are loaded; with experts as many as these bytes hold
+STAGES, STAGES_BYTES = 4, 80 * 1024
 # One program for each multiprocessor of the largest card: with fewer tiles the product is split along its depth
 FEWEST_PROGRAMS = 132
 # Steps of a split: fewer do not pay for the sums that it writes
@@ -73,7 +72,7 @@ class Moments(NamedTuple):
     tile_positions: int
 
 
-def tile(positions: int, out_channels: int, itemsize: int) -> Tile:
+def tile(positions: int, out_channels: int, itemsize: int, experts: int = 0) -> Tile:
     """What to take where nobody has measured."""
     if itemsize == 4:
         # no tensor cores: more of the product in each of fewer threads
@@ -83,8 +82,9 @@ def tile(positions: int, out_channels: int, itemsize: int) -> Tile:
     elif positions <= 64:
         t = TILES["64x64"]
     else:
-        # twice as wide where that adds no idle channels: fewer tiles activate the same element
-        t = TILES["128x64" if ceil_div(out_channels, 64) % 2 else "128x128"]
+        # twice as wide where that adds no idle channels: fewer tiles activate the same element; but not by experts,
+        # whose tiles all lie in shared memory at once
+        t = TILES["128x64" if ceil_div(out_channels, 64) % 2 or experts else "128x128"]
     return Tile(min(t.block_m, MOST_M), min(t.block_n, MOST_N), min(t.block_k, MOST_K), t.num_warps)
 
 
@@ -158,7 +158,7 @@ def sources(x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def convolution(
     x: Tensor,  # [B, C1, H, W], from sources
     skip: Tensor | None,  # [B, C2, H, W], from sources
-    weight: Tensor,  # [K, C, R, R], C = C1 + C2
+    weight: Tensor,  # [K, C, R, R], C = C1 + C2; or [B, K, C, R, R]; or with alpha [E, K, C, R, R]
     bias: Tensor | None,  # [K]
     stride: int,
     padding: Sequence[int],  # left, right, top, bottom
@@ -170,13 +170,22 @@ def convolution(
     output_scale: float,
     y: Tensor,  # out: [B, K, H', W'], dense, not empty
     with_moments: bool = False,
+    alpha: Tensor | None = None,  # [B, E] or [1, E], float32
+    concat: bool = False,
 ) -> tuple[list[Launch], Moments]:
-    """The launches that fill ``y``, and the moments, uninitialised, that they fill with it."""
+    """The launches that fill ``y``, and the moments, uninitialised, that they fill with it.
+
+    Args:
+        alpha: of the experts in each sample's weight; it is None for weights as they are.
+        concat: whether products with the experts are added up, rather than their weights.
+    """
     batch, x_channels, source_height, source_width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
     height, width = (source_height, source_width) if upsample_size is None else upsample_size
     _, out_channels, out_height, out_width = y.shape
-    weight, kernel, channels_last = dense(weight, True), weight.shape[2], is_channels_last(y)
+    kernel, channels_last = weight.shape[-1], is_channels_last(y)
+    experts, weight_stride = 0 if alpha is None else weight.shape[0], None if weight.dim() == 4 else weight[0].numel()
+    weight = dense(weight.flatten(0, -4), True)
     residual = None if residual is None else dense(residual, channels_last)
     bias, channel_bias = contiguous(bias), contiguous(channel_bias)
 
@@ -184,8 +193,12 @@ def convolution(
     positions, (left, _, top, _) = out_height * out_width, padding
     maps = (batch, x_channels, skip_channels, out_channels, source_height, source_width, height, width, *scales)
 
-    fastest = measured.tile(measured.fastest(x, weight, stride, padding, upsample_size))
+    fastest = measured.tile(measured.fastest(x, weight[:out_channels], stride, padding, upsample_size))
+    if experts:
+        fastest = tile(positions, out_channels, x.element_size(), experts)
     p = plan(batch, x_channels, skip_channels, out_channels, positions, kernel, x.element_size(), fastest)
+    step_bytes = (p.tile.block_m + p.tile.block_n * experts) * p.tile.block_k * x.element_size()
+    stages = max(min(STAGES, STAGES_BYTES // step_bytes), 1) if experts else STAGES
     sums, tile_positions = None, p.tile.block_m
     if p.splits > 1:
         sums, tile_positions = x.new_empty((p.splits, batch, positions, out_channels), dtype=torch.float32), SUM_M
@@ -196,11 +209,12 @@ def convolution(
     strides = (out_channels, 1) if channels_last else (1, positions)
     finish = (bias, channel_bias, residual, y, moments, row_stride(channel_bias), *strides, output_scale)
     convolve = (
-        *(x, skip, weight, coefficients),
+        *(x, skip, weight, alpha, weight_stride, row_stride(alpha), coefficients),
         *(finish if sums is None else (None, None, None, sums, None, 0, out_channels, 1, 1.0)),
         *(*maps, out_width, positions, left, top),
         *(p.row_tiles, p.column_tiles, p.splits, p.steps_per_split),
-        *(activation == "silu", kernel, stride, p.tile.block_m, p.tile.block_n, p.tile.block_k, STAGES),
+        *(experts, concat, activation == "silu", kernel, stride),
+        *(p.tile.block_m, p.tile.block_n, p.tile.block_k, stages),
     )
     programs = batch * p.row_tiles * p.column_tiles * p.splits
     steps = [Launch(kernels.convolve, (programs,), convolve, p.tile.num_warps)]

@@ -7,6 +7,9 @@ one tap of the kernel. The taps of the same channels follow each other, so that 
 and all of ``x``'s channels come before ``skip``'s, so that no step straddles the two.
 
 All maps are channels last and dense, the weight is ``[K, R, R, C]``, and the result has strides of its own.
+
+Samples may have weights of their own, one after another in memory. Or each has a mixture by ``alpha`` of several
+weights, the experts: a step then mixes their tiles, or (``CONCAT``) adds up a product with each, the map times alpha.
 """
 
 # Triton gives the arguments their types at the launch
@@ -123,10 +126,21 @@ def _nearest(position, scale, size):
 
 
 @triton.jit
+def _mixture(expert_ptrs, expert_stride, alpha_ptr, inside, EXPERTS: tl.constexpr):
+    """A tile of the experts' weights, mixed in float32."""
+    mixture = tl.zeros(expert_ptrs.shape, tl.float32)
+    for expert in tl.static_range(EXPERTS):
+        tile = tl.load(expert_ptrs + expert * expert_stride, mask=inside, other=0.0)
+        mixture += tl.load(alpha_ptr + expert) * tile.to(tl.float32)
+    return mixture.to(expert_ptrs.dtype.element_ty)
+
+
+@triton.jit
 def _accumulate(
     accumulator,
     source_ptr,
     weight_ptr,
+    alpha_ptr,
     coefficients_ptr,
     sample,
     row,
@@ -137,6 +151,7 @@ def _accumulate(
     first_channel,
     source_channels,
     channels,
+    expert_stride,
     source_height,
     source_width,
     height,
@@ -145,6 +160,8 @@ def _accumulate(
     width_scale,
     first_step,
     end_step,
+    EXPERTS: tl.constexpr,
+    CONCAT: tl.constexpr,
     SILU: tl.constexpr,
     KERNEL: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -172,10 +189,13 @@ def _accumulate(
         # 64 bits: a map may hold more than 2³¹ elements
         offsets = (tap_row.to(tl.int64) * source_width + tap_column) * source_channels
         u = tl.load(source_ptr + offsets[:, None] + c[None, :], mask=inside[:, None] & c_inside[None, :], other=0.0)
-        w = tl.load(
-            weight_ptrs[None, :] + (tap * channels + c)[:, None], mask=c_inside[:, None] & n_inside[None, :], other=0.0
-        )
-        if coefficients_ptr is not None or SILU:
+        w_ptrs = weight_ptrs[None, :] + (tap * channels + c)[:, None]
+        w_inside = c_inside[:, None] & n_inside[None, :]
+        if alpha_ptr is None:
+            w = tl.load(w_ptrs, mask=w_inside, other=0.0)
+        elif not CONCAT:
+            w = _mixture(w_ptrs, expert_stride, alpha_ptr, w_inside, EXPERTS)
+        if coefficients_ptr is not None or SILU or CONCAT:
             z = u.to(tl.float32)
             if coefficients_ptr is not None:
                 center = tl.load(coefficients_ptr + c, mask=c_inside, other=0.0)
@@ -185,8 +205,15 @@ def _accumulate(
             if SILU:
                 z = z / (1.0 + tl.exp(-z))
             # the padding is of zeros behind the norm
-            u = tl.where(inside[:, None], z, 0.0).to(w.dtype)
-        accumulator = tl.dot(u, w, accumulator, input_precision="ieee")
+            z = tl.where(inside[:, None], z, 0.0)
+            u = z.to(weight_ptr.dtype.element_ty)
+        if CONCAT:
+            for expert in tl.static_range(EXPERTS):
+                u = (z * tl.load(alpha_ptr + expert)).to(weight_ptr.dtype.element_ty)
+                w = tl.load(w_ptrs + expert * expert_stride, mask=w_inside, other=0.0)
+                accumulator = tl.dot(u, w, accumulator, input_precision="ieee")
+        else:
+            accumulator = tl.dot(u, w, accumulator, input_precision="ieee")
     return accumulator
 
 
@@ -240,14 +267,17 @@ def _finish(
 def convolve(
     x_ptr,  # [B, H, W, C1]
     skip_ptr,  # [B, H, W, C2] or None
-    weight_ptr,  # [K, KERNEL, KERNEL, C], C = C1 + C2
+    weight_ptr,  # [K, KERNEL, KERNEL, C], C = C1 + C2; or one for each sample, or for each of EXPERTS experts
+    alpha_ptr,  # of the experts in each sample's weight [B, EXPERTS] or [1, EXPERTS], float32; or None
+    weight_stride,  # elements from one sample's or expert's weight to the next; None where all samples share one
+    alpha_stride,  # elements from one sample to the next; 0 where shared
     coefficients_ptr,  # [B, 3, C] from norm_coefficients, or None
     bias_ptr,  # [K] or None
     channel_bias_ptr,  # [B, K] or [1, K], or None
     residual_ptr,  # [B, K, H', W'] with y's strides, or None
     y_ptr,  # out: [splits * B, K, H', W']: the result, or the sum of each split in float32, without the tensors above
     moments_ptr,  # out: mean and m2 of each channel of y over each tile's positions [B, row_tiles, 2, K], or None
-    channel_bias_stride,  # elements from one sample to the next; 0 where shared
+    channel_bias_stride,
     position_stride,  # elements from one position of y to the next
     channel_stride,  # elements from one channel of y to the next
     output_scale,
@@ -269,6 +299,8 @@ def convolve(
     column_tiles,
     splits,
     steps_per_split,
+    EXPERTS: tl.constexpr,
+    CONCAT: tl.constexpr,
     SILU: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -295,10 +327,17 @@ def convolve(
     channels = x_channels
     if skip_ptr is not None:
         channels += skip_channels
+    expert_stride = None
+    if alpha_ptr is not None:
+        alpha_ptr += sample * alpha_stride
+        expert_stride = tl.cast(weight_stride, tl.int64)
+    elif weight_stride is not None:
+        weight_ptr += sample * weight_stride
     total = _accumulate(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
         x_ptr,
         weight_ptr,
+        alpha_ptr,
         coefficients_ptr,
         sample,
         row,
@@ -309,6 +348,7 @@ def convolve(
         0,
         x_channels,
         channels,
+        expert_stride,
         source_height,
         source_width,
         height,
@@ -317,6 +357,8 @@ def convolve(
         width_scale,
         first_step,
         tl.minimum(end_step, x_steps),
+        EXPERTS,
+        CONCAT,
         SILU,
         KERNEL,
         BLOCK_K,
@@ -328,6 +370,7 @@ def convolve(
             total,
             skip_ptr,
             weight_ptr,
+            alpha_ptr,
             coefficients_ptr,
             sample,
             row,
@@ -338,6 +381,7 @@ def convolve(
             x_channels,
             skip_channels,
             channels,
+            expert_stride,
             source_height,
             source_width,
             height,
@@ -346,6 +390,8 @@ def convolve(
             width_scale,
             tl.maximum(first_step - x_steps, 0),
             tl.minimum(end_step - x_steps, skip_steps),
+            EXPERTS,
+            CONCAT,
             SILU,
             KERNEL,
             BLOCK_K,
