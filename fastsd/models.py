@@ -138,16 +138,13 @@ def load(
 
     Raises:
         UnknownModel: nothing answers to ``model``; the message lists what is known.
+        CheckpointError: the files of a folder do not fit each other, or were changed.
     """
     if model in MODELS:
         return _build(MODELS[model], dtype, torch.device(device), weights)
     folder = Path(model).expanduser()
     if model and folder.is_dir():
-        if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
-            raise UnknownModel(
-                f"{model}: expected a diffusers model or pipeline folder, with config.json or model_index.json in it"
-            )
-        return _pretrained(folder, (folder / "model_index.json").is_file(), dtype, device, local_files_only=True)
+        return _from_folder(folder, dtype, device)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise UnknownModel(
             f"{model!r} is no folder, no hub id (owner/name) and none of the named models: {', '.join(MODELS)}"
@@ -179,6 +176,25 @@ def _fill_zero_convolutions(model: Model) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and not module.weight.any():
             module.reset_parameters()
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Loaded:
+    from fastsd.compress.storage import check_stock, is_compressed, load_compressed
+
+    if is_compressed(folder):
+        return load_compressed(folder, dtype, device)
+    is_pipeline = (folder / "model_index.json").is_file()
+    if not is_pipeline and not (folder / "config.json").is_file():
+        raise UnknownModel(
+            f"{folder}: expected the folder of a diffusers model or pipeline or of a compressed model, with "
+            "config.json, model_index.json or fastsd_plan.json in it"
+        )
+    unet = folder / "unet" if is_pipeline else folder
+    if is_compressed(unet):
+        return _pretrained(folder, True, dtype, device, local_files_only=True, unet=load_compressed(unet, dtype))
+    if (unet / "config.json").is_file():
+        check_stock(unet)
+    return _pretrained(folder, is_pipeline, dtype, device, local_files_only=True)
 
 
 def _is_pipeline(hub_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""The command ``fastsd``: what can run here, what a patch does to a model, and whether the kernels are right.
+"""The command ``fastsd``: what can run here, what a patch does, smaller models, and whether the kernels are right.
 
 Exit status: 0 for success, 1 when a check failed, 2 for a request that cannot be served, with one line on stderr.
 """
@@ -7,9 +7,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastsd.cli import doctor, explain, info
+from fastsd.cli import compress, doctor, explain, info
 
-COMMANDS = (info, explain, doctor)
+COMMANDS = (info, explain, compress, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

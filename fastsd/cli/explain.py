@@ -9,6 +9,7 @@ import torch
 import fastsd
 from fastsd import models
 from fastsd.cli import arguments
+from fastsd.compress import RECIPES
 from fastsd.gri import highest_level
 from fastsd_kernels.dispatch import BACKENDS
 
@@ -23,6 +24,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="WINDOW,POOL[,LEVEL...]",
         help="with GRI attention of this window and pool, at these levels (default: the highest that has transformers)",
     )
+    parser.add_argument("--recipe", choices=RECIPES, help="of the model's U-Net, compressed by this recipe")
     parser.add_argument("--dtype", type=arguments.dtype, default=torch.float32)
     parser.add_argument("--device", type=arguments.device, default=arguments.best_device())
     parser.add_argument("--json", action="store_true", help="print JSON, with one entry for each module")
@@ -40,6 +42,8 @@ def _sizes(text: str) -> tuple[int, int, tuple[int, ...]]:
 
 def run(options: argparse.Namespace) -> int:
     model = models.load(options.model, options.dtype, options.device, weights=False)
+    if options.recipe is not None:
+        model = fastsd.compress(models.denoiser(model), options.recipe, in_place=True)
     gri = None
     if options.gri is not None:
         window, pool, levels = options.gri

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsd.nn.plain import why_not_plain
+from fastsd.nn.cond_conv import CondConv2d
+from fastsd.nn.plain import remember, why_not_plain
 from fastsd.nn.replacement import settings_of
-from fastsd_kernels import conv2d, group_norm_silu
+from fastsd_kernels import cond_conv2d, conv2d, group_norm_silu
 from fastsd_kernels.checks import DTYPES
 from fastsd_kernels.conv2d import measured
 from fastsd_kernels.conv2d.reference import epilogue
 
 _DEVICES = ("cpu", "cuda")
 _STOCK_FORWARD = nn.Conv2d._conv_forward
+remember(CondConv2d)
 
 
 def convolve(
@@ -57,10 +59,11 @@ def convolve(
     backend = None if settings is None else settings.backend
     parameters = norm_parameters(x, norm, scale_shift)
     others = (channel_bias, residual, *(parameters or {}).values())
+    mixes = upsample_size is None and is_mixture(owner, name, x, *others)
     if (
         settings is None
         or parameters is None
-        or not is_fused(owner, name, x, *others, padding=padding, upsample_size=upsample_size)
+        or not (mixes or is_fused(owner, name, x, *others, padding=padding, upsample_size=upsample_size))
     ):
         z = x if norm is None else normalise(owner, x, norm, input_bias, scale_shift, activation)
         z = F.silu(z) if norm is None and activation == "silu" else z
@@ -69,27 +72,27 @@ def convolve(
         y = y if channel_bias is None else y + channel_bias
         return epilogue(y, None, residual, output_scale)
 
-    keep_copies(owner, name)
+    if not mixes:
+        keep_copies(owner, name)
     x = x if input_bias is None else x + input_bias
     row = None if channel_bias is None else row_of(channel_bias, x, conv.out_channels)
     # what does not fit the op broadcasts or promotes as a sum does
     fits = (channel_bias is None or row is not None) and (
         residual is None or (residual.dtype == x.dtype and residual.shape[0] == x.shape[0])
     )
-    y = conv2d(
-        x,
-        conv.weight,
-        conv.bias,
-        conv.stride[0],
-        _whole_padding(conv, padding),
+    surroundings: dict[str, Any] = {
         **parameters,
-        activation=activation,
-        upsample_size=upsample_size,
-        channel_bias=row if fits else None,
-        residual=residual if fits else None,
-        output_scale=output_scale if fits else 1.0,
-        backend=backend,
-    )
+        "activation": activation,
+        "channel_bias": row if fits else None,
+        "residual": residual if fits else None,
+        "output_scale": output_scale if fits else 1.0,
+        "backend": backend,
+    }
+    surroundings |= {"stride": conv.stride[0], "padding": _whole_padding(conv, padding)}
+    if mixes:
+        y = cond_conv2d(x, **conv.mixture(), **surroundings)
+    else:
+        y = conv2d(x, conv.weight, conv.bias, upsample_size=upsample_size, **surroundings)
     if fits:
         return y
     return epilogue(y if channel_bias is None else y + channel_bias, None, residual, output_scale)
@@ -118,6 +121,28 @@ def is_fused(
         and x.shape[3] > 0
         and is_inference(conv, x, *others)
         and is_chosen(x, conv, padding, upsample_size)
+    )
+
+
+def is_one_op(owner: nn.Module, name: str, x: Tensor) -> bool:
+    """Whether ``owner.<name>`` on ``x`` is one op with what surrounds it, whichever."""
+    return is_fused(owner, name, x) or is_mixture(owner, name, x)
+
+
+def is_mixture(owner: nn.Module, name: str, x: Tensor, *others: Any) -> bool:
+    """Whether ``owner.<name>`` on ``x`` is a convolution that mixes kernels, which the op computes.
+
+    ``others``: what else goes into it. As :func:`is_fused`, not where a gradient is wanted.
+    """
+    conv = getattr(owner, name)
+    return (
+        isinstance(conv, CondConv2d)
+        and why_not_plain(owner, name, CondConv2d) is None
+        and why_not_plain(conv, "routing", nn.Linear) is None
+        and x.dim() == 4
+        and x.shape[1] == conv.in_channels
+        and x.shape[2:].numel() > 0
+        and is_inference(conv, x, conv.routing.weight, conv.routing.bias, *others)
     )
 
 
@@ -165,7 +190,7 @@ def is_op_convolution(owner: nn.Module, name: str) -> bool:
     )
 
 
-def is_inference(conv: nn.Conv2d | nn.Linear, x: Tensor, *others: Any) -> bool:
+def is_inference(conv: nn.Conv2d | nn.Linear | CondConv2d, x: Tensor, *others: Any) -> bool:
     """Whether a convolution or projection of ``x`` may run as the op: in one dtype, no gradient wanted.
 
     ``others``: what else goes into it.
@@ -181,7 +206,7 @@ def is_inference(conv: nn.Conv2d | nn.Linear, x: Tensor, *others: Any) -> bool:
     )
 
 
-def _whole_padding(conv: nn.Conv2d, padding: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def _whole_padding(conv: nn.Conv2d | CondConv2d, padding: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """``padding`` and the convolution's own."""
     assert not isinstance(conv.padding, str)  # is_op_convolution says so
     (vertical, horizontal), (left, right, top, bottom) = conv.padding, padding
@@ -258,9 +283,12 @@ def example_convolution(
 ) -> dict[str, tuple[Any, ...]]:
     """For :func:`fastsd.patching.rule.Rule.op_calls`: the call that :func:`convolve` makes, if it makes one."""
     conv = getattr(owner, name)
+    padding = [conv.kernel_size[0] // 2] * 4
     with torch.no_grad():
+        if is_mixture(owner, name, x):
+            mixture = (x, *conv.mixture().values(), conv.stride[0], padding, None)
+            return {"cond_conv2d": (*mixture, num_groups, weight, bias, eps, activation, None, None, 1.0, None)}
         if not is_fused(owner, name, x):
             return {}
     norm = (num_groups, weight, bias, eps, None, None, activation)
-    padding = [conv.kernel_size[0] // 2] * 4
     return {"conv2d": (x, conv.weight, conv.bias, conv.stride[0], padding, None, *norm, None, None, None, 1.0, None)}

@@ -10,8 +10,8 @@ from fastsd.nn.convolution import (
     convolve,
     example_convolution,
     is_chosen,
-    is_fused,
     is_inference,
+    is_one_op,
     is_op_convolution,
     keep_copies,
     norm_parameters,
@@ -69,7 +69,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
 
     def _in_parts(self, x: Tensor, temb: Tensor) -> Tensor:
         """The forward with one op for each convolution that is plain; ``temb`` is projected."""
-        if is_fused(self, "conv1", x):
+        if is_one_op(self, "conv1", x):
             x = x.contiguous(memory_format=torch.channels_last)
         first: dict[str, Any] = {"norm": self.norm1, "activation": "silu"}
         shortcut = hidden = x
@@ -80,7 +80,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         bias = temb if self.time_embedding_norm == "default" else None
         scale_shift = temb.chunk(2, dim=1) if self.time_embedding_norm == "scale_shift" else None
         # the time embedding is added where it costs no pass: behind the first convolution or before the second norm
-        behind = is_fused(self, "conv1", hidden)
+        behind = is_one_op(self, "conv1", hidden)
         hidden = convolve(self, "conv1", hidden, **first, channel_bias=bias if behind else None)
         second: dict[str, Any] = {
             "norm": self.norm2,

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd.nn.resnet_block import ResnetBlock2D
+from fastsd.nn.skipped_resnet import SkippedResnet
 
+_TAKE_SKIPS = (ResnetBlock2D, SkippedResnet)
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
@@ -26,7 +28,7 @@ def _runs_stock(block: nn.Module) -> bool:
 def _join(blocks: nn.ModuleList, index: int, x: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
     """``resnet(cat(x, skip), temb)``, without the concatenation where nobody else sees it."""
     resnet = blocks[index]
-    if settings_of(resnet) is not None and why_not_plain(blocks, str(index), ResnetBlock2D) is None:
+    if settings_of(resnet) is not None and any(why_not_plain(blocks, str(index), c) is None for c in _TAKE_SKIPS):
         return resnet(x, temb, skip=skip)
     return resnet(torch.cat([x, skip], dim=1), temb)
 
@@ -36,7 +38,8 @@ def _as_stock(block: Any, x: Tensor) -> Tensor:
 
     On the CPU the replaced modules keep maps channels last, whatever the model's memory format is.
     """
-    weight = getattr(block.resnets[0].conv1, "weight", None)
+    first = block.resnets[0]
+    weight = getattr(getattr(first, "conv1", None) or first.conv_shortcut, "weight", None)
     is_last = not block.upsamplers
     return x.contiguous() if is_last and x.device.type == "cpu" and weight is not None and weight.is_contiguous() else x
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastsd.compress.plan import Compression
 from fastsd.gri import GRI, level_of, levels_of
 from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
@@ -47,6 +48,8 @@ def plan_patch(
     gri: GRI | None = None,
 ) -> Plan:
     """The plan of ``patch``, with its arguments and its errors; changes nothing."""
+    if gri is None and rules is None:
+        gri = _planned_gri(model)
     chosen = select_rules(rules) if gri is None else _with_gri(select_rules(rules), model, gri)
     # by module: parts may share some
     by_module = {
@@ -81,6 +84,17 @@ def plan_patch(
             if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):
                 changes.append(change)
     return Plan((*changes, *_transformers_anew(changes, known)), refused)
+
+
+def _planned_gri(model: Any) -> GRI | None:
+    """What a compression asks for, unless an earlier patch has chosen already."""
+    for root in parts_of(model).values():
+        compression = getattr(root, "compression", None)
+        if isinstance(compression, Compression) and compression.plan.gri is not None:
+            earlier = (settings_of(module) for module in root.modules())
+            if not any(settings is not None and isinstance(settings.rule, GRIRule) for settings in earlier):
+                return compression.plan.gri
+    return None
 
 
 def _with_gri(chosen: tuple[Rule, ...], model: Any, gri: GRI) -> tuple[Rule, ...]:

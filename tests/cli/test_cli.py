@@ -53,6 +53,20 @@ def test_explain_with_gri(capsys):
     assert "got (7,)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("model", "recipe"), [("sd15", "a-sdm"), ("sd21", "bk-sdm-tiny"), ("sdxl", "vega")])
+def test_explain_recipe(capsys, model, recipe):
+    """Nothing of what a recipe leaves is left behind for want of a rule."""
+    status, explained = printed_json(capsys, "explain", model, "--device", "cpu", "--recipe", recipe, "--json")
+    entries = explained["parts"][0]["entries"]
+    assert status == 0
+    assert not [entry["path"] for entry in entries if entry["rule"] is not None and not entry["replaced"]]
+    convolutions = {"Conv2d", "CondConv2d", "ResnetBlock2D", "SkippedResnet"}
+    left = {entry["path"] for entry in entries if not entry["replaced"] and entry["class_name"] in convolutions}
+    assert left == {"conv_in", "conv_out"}
+    assert main(["explain", "tiny", "--recipe", recipe]) == 2
+    assert f"recipe {recipe!r}: expected" in capsys.readouterr().err
+
+
 def test_explain_json_of_a_folder(capsys, tmp_path):
     models.load("tiny").save_pretrained(tmp_path)
     status, explained = printed_json(capsys, "explain", str(tmp_path), "--device", "cpu", "--json")

@@ -28,6 +28,8 @@ if "norm of half the channels" in sys.argv:
     source = torch.arange(66, dtype=torch.int32) - 1
     weights, norm = torch.randn(16, 1, 8, 32), torch.randn(1, 3, 4)
     kernels.conv2d(x, None, norm, True, source, source, weights, 2, 3, 1, None, None, None, 1.0, 0, whole)
+if "means of half the channels" in sys.argv:
+    kernels.group_norm_silu_mean(x, None, None, None, 4, 1e-5, True, 0, torch.empty_like(x), torch.empty(1, 4))
 if "result of half the tokens" in sys.argv:
     q = torch.randn(1, 2, 64, 8)
     kernels.gri_attention(q, q, q, 8, 8, 4, 4, 2, 2, False, None, None, 1.0, 0, q[:, :, :32].clone())
@@ -75,7 +77,15 @@ def test_sanitizers_find_nothing(sanitized_extension):
     assert "sanitized run complete" in result.stdout
 
 
-@pytest.mark.parametrize("mistake", ["skip of half the rows", "norm of half the channels", "result of half the tokens"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "skip of half the rows",
+        "norm of half the channels",
+        "means of half the channels",
+        "result of half the tokens",
+    ],
+)
 def test_sanitizers_find_a_planted_overrun(sanitized_extension, mistake):
     result = run_sanitized(sanitized_extension, mistake)
     assert result.returncode != 0
