@@ -160,8 +160,10 @@ struct Convolution {
     const int64_t depth = round_up(taps * channels, kWidestVector), panels = ceil_div(out_channels, kPanel),
                   columns = panels * kPanel;
     const int64_t strip_bytes = frequencies * strip * (depth + columns) * int64_t(sizeof(float));
-    const int64_t blocks = ceil_div(strips, std::max<int64_t>(1, kBlockBytes / strip_bytes));
-    const int64_t strips_per_block = ceil_div(strips, blocks), tiles = strips_per_block * strip;
+    const int64_t most = std::max<int64_t>(1, kBlockBytes / strip_bytes);
+    const int64_t whole = block_limit(all);
+    const int64_t strips_per_block = most < whole ? ceil_div(whole, ceil_div(whole, most)) : most / whole * whole;
+    const int64_t tiles = std::min(strips_per_block, strips) * strip;
     const int64_t per_input = spread(tiles * depth), per_sum = spread(tiles * columns);
 
     static thread_local AlignedFloats kept;
@@ -171,8 +173,9 @@ struct Convolution {
     fill_biases(biases, columns);
 
     const int64_t chunks = ceil_div(channels, kChunk);
-    for (int64_t first = 0; first < strips; first += strips_per_block) {
-      const int64_t count = std::min(strips_per_block, strips - first);
+    for (int64_t first = 0, count; first < strips; first += count) {
+      count = std::min(strips_per_block, strips - first);
+      if (most < whole) count = std::min(count, whole - first % whole);
       share_out(count * chunks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t s = task / chunks, c = task % chunks * kChunk;
@@ -207,13 +210,16 @@ struct Convolution {
     kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
   }
 
+  // What a block should not go beyond, or hold a multiple of: with weights of each sample a sample, else all.
+  int64_t block_limit(const Strips& all) const { return alpha ? all.tile_rows * all.per_row : all.count; }
+
   // The products of a block with weights that are mixed for each sample, panel by panel, where they are used. A panel's
   // experts are read from memory for the first sample of a block alone.
   void multiply_mixed(const Strips& all, int64_t first, int64_t count, const float* inputs, int64_t per_input,
                       int64_t depth, float* sums, int64_t per_sum, int64_t columns) const {
     const int64_t per_sample = all.tile_rows * all.per_row, sample = first / per_sample;
     const int64_t samples = (first + count - 1) / per_sample - sample + 1;
-    const int64_t per_row = form.kernel * form.kernel * channels, per_frequency = channels * kPanel;
+    const int64_t per_row = form.kernel * form.kernel * channels, per_frequency = spread(channels * kPanel);
     share_out(columns / kPanel * samples, 1, [&](int64_t begin, int64_t end) {
       static thread_local AlignedFloats scratch;
       for (int64_t task = begin; task < end; ++task) {
@@ -229,7 +235,7 @@ struct Convolution {
           continue;
         }
         float* panel = scratch.at_least(form.frequencies() * per_frequency);
-        kernels.mix_frequencies(mixture, of_panel(p), channels, panel);
+        kernels.mix_frequencies(mixture, of_panel(p), channels, panel, per_frequency);
         for (int64_t f = 0; f < form.frequencies(); ++f)
           kernels.multiply(inputs + f * per_input + row * depth, rows, channels, depth, panel + f * per_frequency,
                            to + f * per_sum, columns);

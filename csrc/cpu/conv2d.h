@@ -65,7 +65,7 @@ struct ConvolutionKernels {
                             float* scratch, float* out, int64_t out_row);
   void (*multiply_mixed)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const Mixture<T>& b, int64_t count,
                          float* scratch, float* out, int64_t out_row);
-  void (*mix_frequencies)(const Mixture<T>& from, int64_t count, int64_t channels, float* to);
+  void (*mix_frequencies)(const Mixture<T>& from, int64_t count, int64_t channels, float* to, int64_t per_frequency);
 };
 
 }  // namespace fastsd

@@ -213,7 +213,8 @@ static void multiply_unpacked(const float* a, int64_t rows, int64_t depth, int64
   }
 }
 
-// One row of a mixture, n elements from the first on.
+// One row of a mixture, n elements from the first on. The next n are fetched: rows are far apart, and so many at once
+// that the hardware does not see where each goes on.
 template <typename T>
 static inline void mix_row(const Mixture<T>& from, int64_t row, int64_t first, int64_t n, float* to) {
   const T* data = from.rows + row * from.per_row + first;
@@ -221,6 +222,7 @@ static inline void mix_row(const Mixture<T>& from, int64_t row, int64_t first, i
   for (; i + kLanes <= n; i += kLanes) {
     Vector sum = {}, value;
     for (int64_t e = 0; e < from.count; ++e) {
+      __builtin_prefetch(data + e * from.per_expert + i + n);
       read(data + e * from.per_expert + i, value);
       sum += from.alpha[e] * value;
     }
@@ -280,7 +282,7 @@ static inline __attribute__((always_inline)) void weight_matrix(const Vector* x,
 
 // A panel of a mixture of 3x3 kernels whose taps lie side by side, transformed: to[frequency][channel][kPanel].
 template <int M, typename T>
-static void mix_frequencies(const Mixture<T>& from, int64_t count, int64_t channels, float* to) {
+static void mix_frequencies(const Mixture<T>& from, int64_t count, int64_t channels, float* to, int64_t per_frequency) {
   constexpr int N = kSide<M>;
   constexpr int64_t taps = 9, piece = 16;
   alignas(64) float panel[piece * taps * kPanel];
@@ -299,7 +301,7 @@ static void mix_frequencies(const Mixture<T>& from, int64_t count, int64_t chann
         for (int i = 0; i < N; ++i) {
           Vector y[N];
           weight_matrix<M>(half[i], y);
-          for (int j = 0; j < N; ++j) write(to + ((i * N + j) * channels + first + c) * kPanel + s, y[j]);
+          for (int j = 0; j < N; ++j) write(to + (i * N + j) * per_frequency + (first + c) * kPanel + s, y[j]);
         }
       }
   }

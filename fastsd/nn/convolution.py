@@ -283,12 +283,13 @@ def example_convolution(
 ) -> dict[str, tuple[Any, ...]]:
     """For :func:`fastsd.patching.rule.Rule.op_calls`: the call that :func:`convolve` makes, if it makes one."""
     conv = getattr(owner, name)
-    padding = [conv.kernel_size[0] // 2] * 4
     with torch.no_grad():
-        if is_mixture(owner, name, x):
-            mixture = (x, *conv.mixture().values(), conv.stride[0], padding, None)
-            return {"cond_conv2d": (*mixture, num_groups, weight, bias, eps, activation, None, None, 1.0, None)}
-        if not is_fused(owner, name, x):
+        mixes = is_mixture(owner, name, x)
+        if not mixes and not is_fused(owner, name, x):
             return {}
+    padding = [conv.kernel_size[0] // 2] * 4
+    if mixes:
+        mixture = (x, *conv.mixture().values(), conv.stride[0], padding, None)
+        return {"cond_conv2d": (*mixture, num_groups, weight, bias, eps, activation, None, None, 1.0, None)}
     norm = (num_groups, weight, bias, eps, None, None, activation)
     return {"conv2d": (x, conv.weight, conv.bias, conv.stride[0], padding, None, *norm, None, None, None, 1.0, None)}

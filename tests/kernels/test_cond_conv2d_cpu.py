@@ -32,7 +32,7 @@ def drawn(batch, channels, height, width, out_channels, experts, layout="channel
 
 @pytest.fixture(params=TILES, ids=lambda tile: f"tile_{tile}")
 def tile(request, monkeypatch):
-    monkeypatch.setattr(cpu_impl, "_tile", lambda call, experts: request.param)
+    monkeypatch.setattr(cpu_impl, "_tile", lambda call: request.param)
     return request.param
 
 
@@ -79,7 +79,7 @@ def test_every_sample_by_winograd(tile, isa, monkeypatch):
     if index > cpu_runtime.isa():
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setattr(cpu_runtime, "isa", lambda: index)
-    monkeypatch.setattr(cpu_impl, "_tile", lambda call, experts: tile if call.kernel == 3 and call.stride == 1 else 1)
+    monkeypatch.setattr(cpu_impl, "_tile", lambda call: tile if call.kernel == 3 and call.stride == 1 else 1)
     for sample in op.cases.samples("cpu", torch.float32):
         check_op(op, Sample(sample.name, sample.kwargs, WINOGRAD_RELATIVE_L2), "cpu")
 
@@ -125,7 +125,7 @@ def test_16_bits_go_to_torchs_convolution(monkeypatch):
 
 def test_the_choice_of_tiles():
     def chosen(channels, side, batch=2):
-        return cpu_impl._tile(cpu_costs.Call(batch, channels, channels, side, side, 3, 1, 0), 3)
+        return cpu_impl._tile(cpu_costs.Call(batch, channels, channels, side, side, 3, 1, 0))
 
     assert chosen(320, 64) == chosen(640, 32) == 4
     assert chosen(1280, 8) != 4

@@ -1,0 +1,19 @@
+"""Adapters that were trained on a full U-Net, for the pruned ones that were made from it."""
+
+from fastsd.adapters.controlnet import controlnet_from_unet, fit_controlnet
+from fastsd.adapters.ip_adapter import fit_ip_adapter
+from fastsd.adapters.lora import fit_lora
+from fastsd.adapters.origin import Origin, origin_of
+from fastsd.adapters.report import FitReport
+from fastsd.compress.plan import Compression
+
+__all__ = [
+    "Compression",
+    "FitReport",
+    "Origin",
+    "controlnet_from_unet",
+    "fit_controlnet",
+    "fit_ip_adapter",
+    "fit_lora",
+    "origin_of",
+]

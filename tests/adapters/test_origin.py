@@ -1,0 +1,110 @@
+"""Where the modules of a pruned U-Net were in the full model."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastsd
+from fastsd import models
+from fastsd.adapters import Compression, origin_of
+from fastsd.compress.recipes import recipe as recipe_of
+from tests.adapters.models import RECIPES, SOME_PLANS, full_of, pruned
+from tests.compress.models import PLANS, SMALL_SD, build, config_of
+
+PUBLISHED = {
+    "bk-base": ("sd15", "bk-sdm-base"),
+    "bk-small": ("sd15", "bk-sdm-small"),
+    "bk-tiny": ("sd15", "bk-sdm-tiny"),
+    "bk-v2-base": ("sd21", "bk-sdm-base"),
+    "bk-v2-small": ("sd21", "bk-sdm-small"),
+    "bk-v2-tiny": ("sd21", "bk-sdm-tiny"),
+    "ssd1b": ("sdxl", "ssd-1b"),
+    "vega": ("sdxl", "vega"),
+}
+
+
+def places(unet, origin):
+    return {path: origin.source_of(path) for path, _ in unet.named_modules()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_recognised(name):
+    base, recipe = PUBLISHED[name]
+    full = models.load(base, device="meta")
+    published = models.load(name, device="meta")
+    known = origin_of(published)
+    assert {key: value.shape for key, value in known.full.state_dict().items()} == {
+        key: value.shape for key, value in full.state_dict().items()
+    }
+    plan = recipe_of(recipe, config_of(full))
+    assert places(published, known) == places(published, origin_of(published, Compression(config_of(full), plan)))
+    assert any(old != new for new, old in places(published, known).items()) == name.startswith(("bk", "ssd1b"))
+
+
+@pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl", "inpaint", "lcm"])
+def test_full_models_are_their_own(base):
+    full = models.load(base, device="meta")
+    known = origin_of(full)
+    assert known.structures == ()
+    assert known.config == config_of(full)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *SOME_PLANS, "experts"])
+def test_compressed_models_know_it(name):
+    full = full_of(name)
+    small = pruned(name, full)
+    known = origin_of(small)
+    assert known.config == config_of(full)
+    # every weight is the one that stands where the origin says
+    given = full.state_dict()
+    added = ("routing", "offset")
+    for key, value in small.state_dict().items():
+        if not any(part in key for part in added):
+            source = given[known.source_of(key)]
+            assert torch.equal(value if value.ndim == source.ndim else value[0], source), key
+    assert places(copy.deepcopy(small), origin_of(copy.deepcopy(small))) == places(small, known)
+    in_place = fastsd.compress(full, PLANS.get(name, name), in_place=True)
+    assert places(in_place, origin_of(in_place)) == places(small, known)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_saved_models_are_recognised(name, tmp_path):
+    small = pruned(name)
+    small.save_pretrained(tmp_path)
+    loaded = fastsd.load(tmp_path)
+    assert hasattr(loaded, "compression") == (name == "a-sdm")
+    assert places(loaded, origin_of(loaded)) == places(small, origin_of(small))
+
+
+def test_compressed_twice():
+    full = build()
+    small = fastsd.compress(full, "bk-sdm-base")
+    twice = fastsd.compress(small, fastsd.Plan())
+    assert places(twice, origin_of(twice)) == places(small, origin_of(small))
+    fewer = fastsd.compress(small, fastsd.Plan(removed=("mid_block",)))
+    assert origin_of(fewer).source_of("up_blocks.0.resnets.1.conv1") == "up_blocks.0.resnets.2.conv1"
+    assert origin_of(fewer).full.state_dict().keys() == full.state_dict().keys()
+
+
+def test_unknown_models():
+    unet = build(SMALL_SD, layers_per_block=3)
+    with pytest.raises(
+        ValueError, match=r"unet: expected one that fastsd\.compress has made.*layers_per_block 3.*origin="
+    ):
+        origin_of(unet)
+    assert origin_of(unet, Compression(config_of(unet), fastsd.Plan())).config == config_of(unet)
+    with pytest.raises(ValueError, match=r"expected what the plan makes of its origin, .*layers_per_block 2.*got"):
+        origin_of(unet, Compression(config_of(build()), fastsd.Plan()))
+    with pytest.raises(TypeError, match="unet: expected a diffusers UNet2DConditionModel; got Linear"):
+        origin_of(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"origin: expected a fastsd.adapters.Compression, or None; got Plan"):
+        origin_of(unet, fastsd.Plan())
+
+
+def test_the_import_loads_no_diffusers():
+    code = "import sys, fastsd.adapters; print('diffusers' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "False"
