@@ -20,7 +20,8 @@ _LOAD = """
 import sys, torch
 import fastsd
 from tests.compress.models import call
-for folder in sys.argv[1:]:
+torch.set_num_threads(int(sys.argv[1]))  # another number rounds otherwise
+for folder in sys.argv[2:]:
     model = fastsd.load(folder)
     torch.save((type(model).__name__, call(model)), folder + "/result.pt")
 """
@@ -32,7 +33,8 @@ def test_every_recipe_and_plan_in_a_fresh_process(tmp_path):
         small = trained(fastsd.compress(for_recipe(name), PLANS.get(name, name)))
         small.save_pretrained(tmp_path / name)
         expected[name] = type(small).__name__, call(small)
-    subprocess.run([sys.executable, "-c", _LOAD, *(str(tmp_path / name) for name in expected)], check=True)
+    folders = (str(tmp_path / name) for name in expected)
+    subprocess.run([sys.executable, "-c", _LOAD, str(torch.get_num_threads()), *folders], check=True)
     for name, (class_name, result) in expected.items():
         loaded_class, loaded = torch.load(tmp_path / name / "result.pt", weights_only=True)
         assert loaded_class == class_name, name
