@@ -5,7 +5,7 @@
 conv2d with the first kernel alone, and copies of its weights kept, as a patched model has it where nothing is mixed.
 Copies of a mixture cannot be kept: it is another one at each call.
 
-One layout, channels last, which a patched model has between its blocks. All 48 cases with 5 repeats take some ten
+One layout, channels last, which a patched model has between its blocks. All 60 cases with 5 repeats take some ten
 minutes on two cores; ``--cases x32x32``, ``--cases e4`` or ``--cases 2x`` take some of them.
 """
 
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 CASES = {
     f"{batch}x{channels}x{side}x{side} e{experts}": Case(batch, channels, side, experts)
     for channels, side in ((320, 64), (640, 32), (1280, 16), (1280, 8))
-    for experts in (1, 2, 4, 8)
+    for experts in (1, 2, 3, 4, 8)
     for batch in (1, 2, 8)
 }
 
