@@ -5,7 +5,7 @@
 conv2d with the first kernel alone, and copies of its weights kept, as a patched model has it where nothing is mixed.
 Copies of a mixture cannot be kept: it is another one at each call.
 
-One layout, channels last, which a patched model has between its blocks. All 60 cases with 5 repeats take some ten
+One layout, channels last, which a patched model has between its blocks. All 60 cases take many
 minutes on two cores; ``--cases x32x32``, ``--cases e4`` or ``--cases 2x`` take some of them.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastsd.compress.plan import Compression, PlanError
 from fastsd.compress.recipes import RECIPES, recipe
-from fastsd.compress.structure import Structure, layers_of, structure_of, transformers_of
+from fastsd.compress.structure import Structure, arguments_of, layers_of, structure_of, transformers_of
 
 Config = Mapping[str, Any]
 _FULL_LAYERS = 2
@@ -81,7 +81,7 @@ def origin_of(unet: Any, origin: Compression | None = None) -> Origin:
         raise TypeError(f"unet: expected a diffusers UNet2DConditionModel; got {type(unet).__qualname__}")
     if origin is not None and not isinstance(origin, Compression):
         raise TypeError(f"origin: expected a fastsd.adapters.Compression, or None; got {type(origin).__name__}")
-    config = _plain(unet.config)
+    config = arguments_of(unet.config)
     made = origin or getattr(unet, "compression", None)
     if made is None:
         made = _recognised(config)
@@ -100,7 +100,7 @@ def origin_of(unet: Any, origin: Compression | None = None) -> Origin:
                 f"{_summary(config)}"
             )
         structures.insert(0, structure)
-        config = _plain(made.base_config)
+        config = arguments_of(made.base_config)
         made = _recognised(config)
     return Origin(config, tuple(structures))
 
@@ -168,7 +168,3 @@ def _summary(config: Config) -> str:
         f"transformer_layers_per_block {config['transformer_layers_per_block']}, "
         f"mid_block_type {config['mid_block_type']!r}"
     )
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -16,6 +16,7 @@ from fastsd.cli import arguments, environment
 from fastsd.cli.table import text_table
 from fastsd.compress import RECIPES, recipe, storage
 from fastsd.compress.measure import Cost, measure, timed, total
+from fastsd.compress.structure import arguments_of
 
 WHOLE = "total"
 Seconds = dict[str, float]
@@ -246,7 +247,7 @@ def _config(model: str, place: Path | None) -> dict[str, Any]:
 def _build(config: Any, name: str) -> tuple[Any, Any]:
     from fastsd.compress.model import build
 
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    given = arguments_of(config)
     return build(given, recipe(name, given))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastsd.compress.plan import Compression, Plan, PlanError
 from fastsd.compress.recipes import recipe
+from fastsd.compress.structure import arguments_of
 from fastsd.nn.plain import PLAIN
 from fastsd.nn.replacement import settings_of
 
@@ -47,7 +48,7 @@ def compress(unet: Any, plan: Plan | str, *, in_place: bool = False) -> Any:
         raise TypeError("unet: expected one that no plan has changed yet; got a compressed one (make one plan of both)")
     if type(unet) is not unet_class:
         raise TypeError(f"unet: expected a diffusers UNet2DConditionModel; got {type(unet).__qualname__}")
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    config = arguments_of(unet.config)
     if isinstance(plan, str):
         plan = recipe(plan, config)
     if not isinstance(plan, Plan):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsd.compress.plan import Plan, PlanError
+from fastsd.compress.structure import arguments_of
 
 PLAN_FILE = "fastsd_plan.json"
 WEIGHTS_FILE = "fastsd_model.safetensors"
@@ -128,7 +129,7 @@ def check_stock(folder: Path) -> None:
     if given == expected:
         return
     names = sorted(name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name))
-    changes = _recipe_of(given, {key: value for key, value in model.config.items() if not key.startswith("_")})
+    changes = _recipe_of(given, arguments_of(model.config))
     advice = changes or "take the config.json that was saved with these weights"
     raise CheckpointError(
         f"{folder}: expected weights of the model that config.json describes; {len(names)} differ, the first is "

@@ -27,6 +27,11 @@ _UP_TYPES = {"UpBlock2D": "UpBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 _MID_TYPES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
+def arguments_of(config: Config) -> dict[str, Any]:
+    """What a model with this configuration is built with: without the entries that diffusers adds for itself."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def layers_of(config: Config) -> list[int]:
     """Residual blocks of each down-block; an up-block has one more."""
     layers, levels = config["layers_per_block"], len(config["down_block_types"])
@@ -281,7 +286,7 @@ class _Planning:
     def _config(
         self, kept: dict[str, list[list[int]]], counts: dict[str, list[list[int]]], kinds: dict[str, list[str]]
     ) -> dict[str, Any]:
-        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        config = arguments_of(self.config)
         config["down_block_types"], config["up_block_types"] = kinds["down_blocks"], kinds["up_blocks"]
         layers = [len(of) for of in kept["down_blocks"]]
         if self.left < self.levels:
