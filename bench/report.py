@@ -89,10 +89,12 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
             _op("group_norm_silu", "float32", 150),
             _op("conv2d", "float32", 150),
             _op("gri_attention", "float32", 150),
+            _op("cond_conv2d", "float32", 150, "--cases", "2x"),
             Step("gri-scaling", ("bench", "gri-scaling"), 120, "gri-scaling.json"),
             Step("crossover", ("bench", "crossover"), 120, "crossover.json"),
             doctor,
             _unet("sd15", "float32", 1, "eager,fastsd,fastsd+gri", 200, suffix="-gri"),
+            _compress("float32", 1, 400, "--repeats", "3"),
             _unet("vae-sd", "float32", 1, "eager,fastsd,fastsd-channels_last", 200, repeats=3),
             _blocks("vae-sd", 200, "--repeats", "3"),
             _unet("sd15", "float32", 1, "eager,compile,fastsd,fastsd-compile", 400, suffix="-compile"),
@@ -107,8 +109,10 @@ def steps_for(has_gpu: bool) -> tuple[Step, ...]:
         _op("group_norm_silu", "float16", 90),
         _op("conv2d", "float16", 90),
         _op("gri_attention", "float16", 60),
+        _op("cond_conv2d", "float16", 60, "--cases", "2x"),
         _unet("sd15", "float16", 2, f"{stock},{fast}", 90, repeats=20),
         _unet("sd15", "float16", 2, "eager,fastsd,fastsd+gri", 90, repeats=20, suffix="-gri"),
+        _compress("float16", 2, 120, "--repeats", "20", "--cudagraph"),
         _unet("sd15", "float16", 2, "eager,compile,fastsd,fastsd-compile", 180, repeats=20, suffix="-compile"),
         _unet("sdxl", "float16", 2, f"{stock},{fast}", 120),
         _unet("vae-sd", "float16", 1, f"{stock},{fast}", 60),
@@ -223,6 +227,12 @@ def _blocks(model: str, limit_s: float, *flags: str) -> Step:
     return Step(name, ("bench", "blocks", "--model", model, *flags), limit_s, f"{name}.json")
 
 
-def _op(op: str, dtype: str, limit_s: float) -> Step:
+def _op(op: str, dtype: str, limit_s: float, *flags: str) -> Step:
     name = f"op-{op}-{dtype}"
-    return Step(name, ("bench", "op", op, "--dtype", dtype), limit_s, f"{name}.json")
+    return Step(name, ("bench", "op", op, "--dtype", dtype, *flags), limit_s, f"{name}.json")
+
+
+def _compress(dtype: str, batch: int, limit_s: float, *flags: str) -> Step:
+    name = f"compress-sd15-{dtype}-b{batch}"
+    given = ("--model", "sd15", "--dtype", dtype, "--batch", str(batch))
+    return Step(name, ("bench", "compress", *given, *flags), limit_s, f"{name}.json")
