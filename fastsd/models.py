@@ -179,7 +179,8 @@ def _fill_zero_convolutions(model: Model) -> None:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Loaded:
-    from fastsd.compress.storage import check_stock, is_compressed, load_compressed
+    from fastsd.compress.stock import check_stock
+    from fastsd.compress.storage import is_compressed, load_compressed
 
     if is_compressed(folder):
         return load_compressed(folder, dtype, device)

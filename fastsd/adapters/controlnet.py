@@ -1,6 +1,5 @@
 """ControlNets of the full model, for a pruned U-Net."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from torch import nn
 
 from fastsd.adapters.origin import origin_of, skips_of
 from fastsd.adapters.report import FitReport
-from fastsd.compress.plan import Compression
+from fastsd.adapters.twin import check_unwrapped, twin_with
+from fastsd.compress.compression import Compression
 
 _MID_BLOCK = "mid_block"
 
@@ -53,7 +53,7 @@ def fit_controlnet(controlnet: Any, unet: Any, *, origin: Compression | None = N
 
     Args:
         controlnet: a ``ControlNetModel`` or ``ControlNetUnionModel``, or a ``MultiControlNetModel`` of them; not yet
-            offloaded.
+            offloaded or compiled.
         unet: the U-Net that it is for; a full one takes all of it.
         origin: see :func:`fastsd.adapters.origin_of`.
 
@@ -63,7 +63,8 @@ def fit_controlnet(controlnet: Any, unet: Any, *, origin: Compression | None = N
     Raises:
         TypeError, ValueError: see :func:`fastsd.adapters.origin_of`.
         TypeError: ``controlnet`` is none of these.
-        ValueError: its residuals are not those of the full model, or it has a forward of its own (an offload).
+        ValueError: its residuals are not those of the full model; it is compiled, or has a forward of its own (an
+            offload).
     """
     known = origin_of(unet, origin)
     unet = getattr(unet, "_orig_mod", unet)
@@ -77,38 +78,23 @@ def fit_controlnet(controlnet: Any, unet: Any, *, origin: Compression | None = N
     report = FitReport("ControlNet", tuple(used), tuple(skipped))
     widths = [width for _, width in full]
     if isinstance(getattr(controlnet, "nets", None), nn.ModuleList):
+        check_unwrapped("controlnet", controlnet)
         return type(controlnet)([_fitted(net, hook, widths) for net in controlnet.nets]), report
     return _fitted(controlnet, hook, widths), report
 
 
 def _fitted(controlnet: Any, hook: KeepResiduals, widths: list[int]) -> Any:
+    check_unwrapped("controlnet", controlnet)
     convolutions = getattr(controlnet, "controlnet_down_blocks", None)
     if not isinstance(controlnet, nn.Module) or not isinstance(convolutions, nn.ModuleList):
         raise TypeError(f"controlnet: expected a diffusers ControlNetModel; got {type(controlnet).__qualname__}")
-    if "forward" in controlnet.__dict__:
-        raise ValueError("controlnet: expected no forward of its own (an offload); fit it first, then offload")
     given = [conv.out_channels for conv in convolutions]
     if given != widths:
         raise ValueError(
             f"controlnet: expected residuals for the maps of the full model that this U-Net was made from, of {widths} "
             f"channels; got {given} (one that was made for the pruned U-Net itself needs no fit)"
         )
-    fitted = _twin(controlnet)
-    for handle, other in list(fitted._forward_hooks.items()):
-        if isinstance(other, KeepResiduals):
-            del fitted._forward_hooks[handle]
-    # in front of other hooks, which see what the pipeline gets
-    fitted.register_forward_hook(hook, prepend=True)
-    return fitted
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """Another module with the same children, parameters and buffers, and hooks of its own."""
-    twin = copy.copy(module)
-    for name, value in module.__dict__.items():
-        if name in ("_modules", "_parameters", "_buffers") or name.endswith(("_hooks", "_hooks_with_kwargs")):
-            twin.__dict__[name] = value.copy()
-    return twin
+    return twin_with(controlnet, hook)
 
 
 class _Source:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastsd.adapters.origin import Origin, attentions_of, origin_of
 from fastsd.adapters.report import FitReport
-from fastsd.compress.plan import Compression
+from fastsd.adapters.state import check_names, check_tensors
+from fastsd.compress.compression import Compression
 
 _PARTS = ("image_proj", "ip_adapter")
 
@@ -37,6 +38,7 @@ def fit_ip_adapter(
 
     Raises:
         TypeError, ValueError: see :func:`fastsd.adapters.origin_of`.
+        TypeError: ``state_dict`` does not map names to tensors.
         ValueError: it does not have the two parts, or not the numbers or the shapes of the full model.
     """
     known = origin_of(unet, origin)
@@ -60,16 +62,19 @@ def fit_ip_adapter(
 def _nested(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping; got {type(state_dict).__name__}")
+    check_names("state_dict", state_dict)
     parts = dict(state_dict)
     if not parts.keys() & set(_PARTS):
         split = {key: key.partition(".") for key in state_dict}
         parts = {part: {} for part in dict.fromkeys(head for head, _, _ in split.values())}
         for key, (head, _, rest) in split.items():
             parts[head][rest] = state_dict[key]
-    if not set(_PARTS) <= parts.keys() or not all(isinstance(parts[part], Mapping) for part in _PARTS):
+    if not set(_PARTS) <= parts.keys():
         raise ValueError(
             f"state_dict: expected the parts of an IP-Adapter, {' and '.join(_PARTS)}; got {', '.join(list(parts)[:4])}"
         )
+    for part in _PARTS:
+        check_tensors(part, parts[part])
     return parts
 
 

@@ -1,14 +1,15 @@
 """LoRA that was trained on the full model, for a pruned U-Net."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastsd.adapters.origin import Origin, origin_of
 from fastsd.adapters.report import FitReport
-from fastsd.compress.plan import Compression
+from fastsd.adapters.state import check_tensors
+from fastsd.compress.compression import Compression
 
 _UNET = "unet."
 _KOHYA = "lora_unet_"
@@ -28,8 +29,14 @@ _SGM = {
     "add_embedding.linear_1": "label_emb_0_0",
     "add_embedding.linear_2": "label_emb_0_2",
 }
-_DOWN = (".lora_A.weight", ".lora_down.weight")
-_UP = (".lora_B.weight", ".lora_up.weight")
+# what a file may have for a layer; the two matrices first
+_PEFT_PARTS = (
+    *(".lora_A.weight", ".lora_B.weight", ".lora_B.bias"),
+    *(".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+)
+_KOHYA_PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")
+# with old names: diffusers takes them and does not look at them
+_UNREAD = ("_lora.alpha", ".lora.alpha")
 
 
 def fit_lora(
@@ -52,36 +59,40 @@ def fit_lora(
 
     Raises:
         TypeError, ValueError: see :func:`fastsd.adapters.origin_of`.
-        ValueError: a layer that the full model does not have, or has with another shape: the LoRA is not for it.
+        TypeError: ``state_dict`` does not map names to tensors.
+        ValueError: a layer that the full model does not have, or has with another shape: the LoRA is not for it; or
+            what a layer has is no LoRA (one matrix, two of different rank, LoHa, LoKr).
 
     A LoRA's strength that stands in the metadata of its file (``lora_alpha`` of PEFT) is not in a ``state_dict``: pass
     the metadata on, or scale by ``set_adapters``.
     """
     known = origin_of(unet, origin)
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: expected a mapping from names to tensors; got {type(state_dict).__name__}")
+    check_tensors("state_dict", state_dict)
     places = _places(unet, known)
     is_kohya = any(key.startswith(_KOHYA) for key in state_dict)
-    found = _of_kohya(state_dict, known) if is_kohya else _of_peft(state_dict, known)
+    is_kohya = is_kohya or all(key.startswith(_KOHYA_TEXT) for key in state_dict)
+    found = list(_of_kohya(state_dict, known) if is_kohya else _of_peft(state_dict, known))
+    _check(state_dict, found, known, _KOHYA_PARTS if is_kohya else _PEFT_PARTS)
+    values = _with_alpha(state_dict) if is_kohya else state_dict
     fitted: dict[str, Tensor] = {}
     used: dict[str, None] = {}
     skipped: dict[str, None] = {}
-    for key, value, prefix, path, rest in found:
+    for key, prefix, path, rest in found:
         if path is None:
-            fitted[key] = value
+            fitted[key] = values[key]
             continue
-        _check_shape(key, value, known.full.get_submodule(path), rest)
         place = places.get(path)
         if place is None:
             skipped[path] = None
             continue
         used[path] = None
-        fitted[prefix + (place.replace(".", "_") if is_kohya else place) + rest] = value
+        if key in values:
+            fitted[prefix + (place.replace(".", "_") if is_kohya else place) + rest] = values[key]
     return fitted, FitReport("LoRA", tuple(used), tuple(skipped))
 
 
-# a key, its tensor, what stands before and behind the layer's name, and that; None where it is no layer of a U-Net
-_Entry = tuple[str, Tensor, str, str | None, str]
+# a key, what stands before and behind the layer's name, and that; None where it is no layer of a U-Net
+_Entry = tuple[str, str, str | None, str]
 
 
 def _places(unet: Any, known: Origin) -> dict[str, str]:
@@ -104,7 +115,9 @@ def _of_peft(state_dict: Mapping[str, Tensor], known: Origin) -> Iterator[_Entry
     prefix = _UNET if any(key.startswith(_UNET) for key in state_dict) else ""
     for key, value in state_dict.items():
         if not key.startswith(prefix) or (not prefix and key.startswith("text_encoder")):
-            yield key, value, "", None, ""
+            yield key, "", None, ""
+            continue
+        if key.endswith(_UNREAD):
             continue
         name = key.removeprefix(prefix)
         if ".lora_A" not in name and ".lora_B" not in name:
@@ -115,15 +128,15 @@ def _of_peft(state_dict: Mapping[str, Tensor], known: Origin) -> Iterator[_Entry
             raise ValueError(
                 f"state_dict: expected layers of the full model that this U-Net was made from; it has none for {key!r}"
             )
-        yield key, value, prefix, path, name[len(path) :]
+        yield key, prefix, path, name[len(path) :]
 
 
 def _of_kohya(state_dict: Mapping[str, Tensor], known: Origin) -> Iterator[_Entry]:
     names = {path.replace(".", "_"): path for path in _leaves(known.full)}
     names |= {_sgm_name(path, known.full): path for path in _leaves(known.full)}
-    for key, value in _with_alpha(state_dict).items():
+    for key in state_dict:
         if key.startswith(_KOHYA_TEXT):
-            yield key, value, "", None, ""
+            yield key, "", None, ""
             continue
         name, _, rest = key.removeprefix(_KOHYA).partition(".")
         path = names.get(name)
@@ -132,7 +145,7 @@ def _of_kohya(state_dict: Mapping[str, Tensor], known: Origin) -> Iterator[_Entr
                 f"state_dict: expected kohya's names of layers of the full model that this U-Net was made from; it "
                 f"has none for {key!r}"
             )
-        yield key, value, _KOHYA, path, "." + rest
+        yield key, _KOHYA, path, "." + rest
 
 
 def _with_alpha(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +158,7 @@ def _with_alpha(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key in state_dict:
         layer = key.removesuffix(".alpha")
         down, up = f"{layer}.lora_down.weight", f"{layer}.lora_up.weight"
-        if not key.startswith(_KOHYA) or layer == key or down not in scaled or up not in scaled:
+        if not key.startswith(_KOHYA) or layer == key:
             continue
         scale = float(scaled.pop(key)) / scaled[down].shape[0]
         # half of it to each, as a power of two, so that small ones do not get lost in fp16
@@ -186,14 +199,50 @@ def _leaves(full: nn.Module) -> set[str]:
     return {path for path, module in full.named_modules() if next(module.children(), None) is None}
 
 
-def _check_shape(key: str, value: Tensor, layer: nn.Module, rest: str) -> None:
-    """The LoRA's inputs and outputs are as many as the layer's."""
+def _check(state_dict: Mapping[str, Tensor], found: Iterable[_Entry], known: Origin, parts: tuple[str, ...]) -> None:
+    """For each layer there are two matrices of one rank that suit it, and nothing that a LoRA has not."""
+    down, up = parts[:2]
+    layers: dict[str, dict[str, str]] = {}
+    for key, _, path, rest in found:
+        if path is None:
+            continue
+        if rest not in parts:
+            names = ", ".join(part[1:] for part in parts)
+            raise ValueError(f"state_dict: expected what a LoRA has for a layer, {names}; got {key!r}")
+        if rest == ".alpha":
+            _check_alpha(key, state_dict[key])
+        elif rest in (down, up):
+            _check_shape(key, state_dict[key], known.full.get_submodule(path), 1 if rest == down else 0)
+        layers.setdefault(path, {})[rest] = key
+    for path, keys in layers.items():
+        if down not in keys or up not in keys:
+            raise ValueError(
+                f"state_dict: expected two matrices, {down[1:]} and {up[1:]}, for {path}; got "
+                f"{', '.join(map(repr, keys.values()))}"
+            )
+        ranks = state_dict[keys[down]].shape[0], state_dict[keys[up]].shape[1]
+        if ranks[0] != ranks[1] or 0 in ranks:
+            raise ValueError(
+                f"state_dict: expected the two matrices for {path} to be of one rank, of at least 1; got {ranks[0]} "
+                f"and {ranks[1]}"
+            )
+
+
+def _check_alpha(key: str, value: Tensor) -> None:
+    if value.numel() != 1 or not math.isfinite(value):
+        given = f"the shape {tuple(value.shape)}" if value.numel() != 1 else float(value)
+        raise ValueError(f"state_dict: expected one finite number for {key!r}; got {given}")
+
+
+def _check_shape(key: str, value: Tensor, layer: nn.Module, dimension: int) -> None:
+    """A matrix has as many inputs or outputs as the layer."""
+    if value.ndim < 2:
+        raise ValueError(f"state_dict: expected two dimensions or more for {key!r}; got the shape {tuple(value.shape)}")
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return
-    for parts, dimension, name in ((_DOWN, 1, "inputs"), (_UP, 0, "outputs")):
-        if rest in parts and value.shape[dimension] != weight.shape[dimension]:
-            raise ValueError(
-                f"state_dict: expected {weight.shape[dimension]} {name} for {key!r}, as the full model has that this "
-                f"U-Net was made from; got {value.shape[dimension]}"
-            )
+    if value.shape[dimension] != weight.shape[dimension]:
+        raise ValueError(
+            f"state_dict: expected {weight.shape[dimension]} {('outputs', 'inputs')[dimension]} for {key!r}, as the "
+            f"full model has that this U-Net was made from; got {value.shape[dimension]}"
+        )

@@ -1,15 +1,16 @@
 """Where each module of a pruned U-Net was in the full model that adapters are trained on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastsd.compress.plan import Compression, PlanError
+from fastsd.compress.compression import Compression
+from fastsd.compress.configuration import Config, arguments_of
+from fastsd.compress.plan import PlanError
 from fastsd.compress.recipes import RECIPES, recipe
-from fastsd.compress.structure import Structure, arguments_of, layers_of, structure_of, transformers_of
+from fastsd.compress.structure import Structure, layers_of, structure_of, transformers_of
 
-Config = Mapping[str, Any]
 _FULL_LAYERS = 2
 _FULL_MID_BLOCK = "UNetMidBlock2DCrossAttn"
 _SDXL_TRANSFORMERS = (1, 2, 10)
@@ -82,7 +83,7 @@ def origin_of(unet: Any, origin: Compression | None = None) -> Origin:
     if origin is not None and not isinstance(origin, Compression):
         raise TypeError(f"origin: expected a fastsd.adapters.Compression, or None; got {type(origin).__name__}")
     config = arguments_of(unet.config)
-    made = origin or getattr(unet, "compression", None)
+    made = origin or Compression.of(unet)
     if made is None:
         made = _recognised(config)
         if made is None and not _is_full(config):
@@ -101,7 +102,7 @@ def origin_of(unet: Any, origin: Compression | None = None) -> Origin:
             )
         structures.insert(0, structure)
         config = arguments_of(made.base_config)
-        made = _recognised(config)
+        made = made.before or _recognised(config)
     return Origin(config, tuple(structures))
 
 

@@ -15,8 +15,8 @@ from fastsd import models
 from fastsd.cli import arguments, environment
 from fastsd.cli.table import text_table
 from fastsd.compress import RECIPES, recipe, storage
+from fastsd.compress.configuration import arguments_of
 from fastsd.compress.measure import Cost, measure, timed, total
-from fastsd.compress.structure import arguments_of
 
 WHOLE = "total"
 Seconds = dict[str, float]
@@ -59,18 +59,27 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_count, default=1, help="samples in a call that is counted and timed")
     parser.add_argument("--latent", type=_count, help="side of their latent (default: the model's own)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="timed calls of either model, both patched; 0 for none (default: 3)"
+        "--repeats",
+        type=_count_or_none,
+        default=3,
+        help="timed calls of either model, both patched; 0 for none (default: 3)",
     )
-    parser.add_argument("--dtype", type=arguments.dtype, help="default: that of a folder, else float32")
+    parser.add_argument(
+        "--dtype", type=arguments.dtype, help="default: that of a folder; float32 for others, and in a dry run"
+    )
     parser.add_argument("--device", type=arguments.device, default=arguments.best_device())
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the summary there")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on; got {text!r}")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a number from {least} on; got {text!r}")
     return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return _count(text, 0)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -227,7 +236,7 @@ def _config(model: str, place: Path | None) -> dict[str, Any]:
         if not (place / "config.json").is_file():
             raise models.UnknownModel(f"{place}: expected the folder of a U-Net; there is no config.json")
         config = UNet2DConditionModel.load_config(place, local_files_only=True)
-    elif "/" not in model:
+    elif model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise models.UnknownModel(
             f"{model!r} is no folder, no hub id (owner/name) and none of the named models: {', '.join(models.MODELS)}"
         )

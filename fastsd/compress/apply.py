@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsd.compress.plan import Compression, Plan, PlanError
+from fastsd.compress.compression import CONFIG_ENTRY, Compression
+from fastsd.compress.configuration import arguments_of, unknown_entries_of
+from fastsd.compress.plan import Plan, PlanError
 from fastsd.compress.recipes import recipe
-from fastsd.compress.structure import arguments_of
 from fastsd.nn.plain import PLAIN
 from fastsd.nn.replacement import settings_of
 
@@ -35,7 +36,7 @@ def compress(unet: Any, plan: Plan | str, *, in_place: bool = False) -> Any:
     Raises:
         TypeError: ``unet`` is no ``UNet2DConditionModel``, or ``plan`` neither a plan nor a name.
         PlanError: there is no such recipe, the plan does not suit the model, or the model carries what would be lost:
-            adapters, quantised weights, parameters that its configuration does not name.
+            adapters, quantised weights, hooks, FreeU, modules and parameters that its configuration does not name.
 
     An error leaves the model as it was.
     """
@@ -48,15 +49,21 @@ def compress(unet: Any, plan: Plan | str, *, in_place: bool = False) -> Any:
         raise TypeError("unet: expected one that no plan has changed yet; got a compressed one (make one plan of both)")
     if type(unet) is not unet_class:
         raise TypeError(f"unet: expected a diffusers UNet2DConditionModel; got {type(unet).__qualname__}")
-    config = arguments_of(unet.config)
+    config = copy.deepcopy(arguments_of(unet.config))
     if isinstance(plan, str):
         plan = recipe(plan, config)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a fastsd.Plan or a recipe's name; got {type(plan).__name__}")
-    _require_plain(unet, config)
+    _require_plain(unet, config, in_place)
     small, structure = build(config, plan)
-    small.compression = Compression(config, plan)  # of stock results, too: adapters ask what they were made from
+    made = Compression(config, plan, Compression.of(unet))  # adapters ask, and files forget the rest
+    if isinstance(small, CompressedUNet2DConditionModel):
+        small.compression = made
+    else:
+        small.register_to_config(**{CONFIG_ENTRY: made.to_dict()})
+    small.register_to_config(**unknown_entries_of(unet.config))
 
+    processors = _processors(unet, in_place)
     given = unet.state_dict(keep_vars=True)
     state: dict[str, Tensor] = {}
     for path, sources in structure.expert_sources.items():
@@ -77,14 +84,15 @@ def compress(unet: Any, plan: Plan | str, *, in_place: bool = False) -> Any:
     small.load_state_dict(state, strict=True, assign=True)
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(is_trained[name])
-    _carry_over(unet, small, structure)
+    _carry_over(unet, small, structure, processors)
     return _become(unet, small) if in_place else small
 
 
-def _require_plain(unet: nn.Module, config: dict[str, Any]) -> None:
+def _require_plain(unet: Any, config: dict[str, Any], in_place: bool) -> None:
     from fastsd.compress.model import build_stock
 
-    expected = {name: value.shape for name, value in build_stock(config).state_dict().items()}
+    plain = build_stock(config)
+    expected = {name: value.shape for name, value in plain.state_dict().items()}
     given = unet.state_dict(keep_vars=True)
     shapes = {name: value.shape for name, value in given.items()}
     if getattr(unet, "peft_config", None):
@@ -100,12 +108,40 @@ def _require_plain(unet: nn.Module, config: dict[str, Any]) -> None:
             raise PlanError(f"unet: expected plain parameters; {name} is a {type(value).__qualname__}")
         if value.device.type == "meta":
             raise PlanError(f"unet: expected weights; {name} has none (it is on the meta device)")
+    there = dict(plain.named_modules())
     for path, module in unet.named_modules():
-        if "forward" in module.__dict__ and settings_of(module) is None:
+        _require_plain_module(path, module, there.get(path))
+        if (path or not in_place) and _has_hooks(module):
             raise PlanError(
-                f"unet: expected no hooks that offload or cast weights; {path or 'it'} has a forward of its own: "
-                "remove them, compress, and put them on the result"
+                f"unet: expected no hooks, which would be lost; {path or 'it'} has some: remove them, compress, and "
+                "put them on the result"
             )
+    if any(getattr(block, "b1", None) is not None for block in unet.up_blocks):
+        raise PlanError("unet: expected one without FreeU; disable_freeu, compress, and enable it on the result")
+
+
+def _require_plain_module(path: str, module: nn.Module, expected: nn.Module | None) -> None:
+    settings = settings_of(module)
+    if "forward" in module.__dict__ and settings is None:
+        raise PlanError(
+            f"unet: expected no hooks that offload or cast weights; {path or 'it'} has a forward of its own: "
+            "remove them, compress, and put them on the result"
+        )
+    # processors that are modules are no part of the structure
+    if expected is None:
+        return
+    own = type(module) if settings is None else settings.stock
+    names = [f"{cls.__qualname__}({m.extra_repr()})" for cls, m in ((type(expected), expected), (own, module))]
+    if own is not type(expected) or names[0] != names[1] or "_conv_forward" in module.__dict__:
+        raise PlanError(
+            f"unet: expected the modules that its configuration names; {path or 'it'} should be {names[0]}, and is "
+            f"{names[1]}{' with a _conv_forward of its own' if names[0] == names[1] else ''}"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def _shape(shape: Any) -> Any:
@@ -127,10 +163,19 @@ def _cond_conv(unet: nn.Module, sources: tuple[str, ...], routing: str) -> nn.Mo
         raise PlanError(f"experts: {sources[0]} with {', '.join(sources[1:])}: {error}") from None
 
 
-def _carry_over(unet: Any, small: Any, structure: Any) -> None:
+def _processors(unet: Any, in_place: bool) -> dict[str, Any]:
+    """The attention processors of the result, by the given model's names; what several share stays shared."""
+    if in_place:
+        return unet.attn_processors
+    try:
+        return copy.deepcopy(unet.attn_processors)
+    except Exception as error:  # theirs, whatever it is
+        raise PlanError(f"unet: expected attention processors that can be copied, or in_place=True: {error}") from error
+
+
+def _carry_over(unet: Any, small: Any, structure: Any, processors: dict[str, Any]) -> None:
     """What is no weight: attention processors, buffers that are not saved, training mode, checkpointing."""
-    given = unet.attn_processors
-    small.set_attn_processor({name: copy.deepcopy(given[structure.source_of(name)]) for name in small.attn_processors})
+    small.set_attn_processor({name: processors[structure.source_of(name)] for name in small.attn_processors})
     for name, buffer in small.named_buffers():
         if buffer.device.type == "meta":
             place, _, key = name.rpartition(".")

@@ -11,7 +11,8 @@ from diffusers import (
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from fastsd.compress.plan import Compression, Plan, PlanError
+from fastsd.compress.compression import Compression
+from fastsd.compress.plan import Plan, PlanError
 from fastsd.compress.structure import Structure, structure_of
 from fastsd.nn.cond_conv import CondConv2d
 from fastsd.nn.skip import SkippedResnet, SkippedTransformer
@@ -43,7 +44,8 @@ class CompressedUNet2DConditionModel(UNet2DConditionModel):
 
         Raises:
             ValueError: anything else than safetensors is asked for, a variant, or to be sent to a hub.
-            CheckpointError: the weights are not those of the plan (adapters? fuse or unload them).
+            CheckpointError: the weights are not those of the plan (adapters? fuse or unload them), or share memory; or
+                the folder holds a stock model.
         """
         from fastsd.compress.storage import save
 
@@ -56,13 +58,36 @@ class CompressedUNet2DConditionModel(UNet2DConditionModel):
             save(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """The model in a folder that :meth:`save_pretrained` has written; see :func:`fastsd.load`."""
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model in a folder that :meth:`save_pretrained` has written; see :func:`fastsd.load`.
+
+        Args:
+            device_map: one device. Options that say where files are kept, or how they are read, change nothing here.
+
+        Raises:
+            ValueError: what is asked for cannot be had: a variant, loading information, quantised weights, or several
+                devices.
+            CheckpointError: as :func:`fastsd.load`, or the folder holds a stock model.
+        """
         from fastsd.compress.storage import load_compressed
 
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        return load_compressed(folder, dtype)
+        for option in ("variant", "output_loading_info", "quantization_config", "use_flashpack"):
+            if kwargs.get(option):
+                raise ValueError(
+                    "from_pretrained: a compressed model is loaded from safetensors without a variant, and returned "
+                    f"alone; got {option}={kwargs[option]!r}"
+                )
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        return load_compressed(folder, torch_dtype if dtype is None else dtype, _one_device(device_map))
 
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> NoReturn:
@@ -71,6 +96,14 @@ class CompressedUNet2DConditionModel(UNet2DConditionModel):
             "a compressed U-Net cannot be built from its configuration, which does not say what was taken out; "
             "use fastsd.load, copy.deepcopy, or fastsd.compress on the model that it was made from"
         )
+
+
+def _one_device(device_map: Any) -> torch.device:
+    device = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device_map: expected one device for a compressed model; got {device_map!r}") from None
 
 
 def build(base_config: dict[str, Any], plan: Plan) -> tuple[Any, Structure]:

@@ -71,6 +71,9 @@ class Plan:
         if not isinstance(self.name, str):
             raise PlanError(f"name: expected a string; got {self.name!r}")
 
+    def __hash__(self) -> int:
+        return hash((self.removed, self.bypassed, tuple(self.experts.items()), self.routing, self.gri, self.name))
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON can hold it; :meth:`from_dict` reads it."""
         return {
@@ -89,10 +92,10 @@ class Plan:
         Raises:
             PlanError: other keys, or a value that is none of theirs.
         """
-        _check_keys("plan", data, [f.name for f in fields(cls)])
+        check_keys("plan", data, [f.name for f in fields(cls)])
         gri = data["gri"]
         if gri is not None:
-            _check_keys("gri", gri, [f.name for f in fields(GRI)])
+            check_keys("gri", gri, [f.name for f in fields(GRI)])
             try:
                 given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in gri.items()}
                 gri = GRI(**given)
@@ -101,15 +104,7 @@ class Plan:
         return cls(**{**data, "gri": gri})
 
 
-@dataclass(frozen=True)
-class Compression:
-    """What a compressed model was made from: the configuration of the stock model, and the plan."""
-
-    base_config: dict[str, Any]
-    plan: Plan
-
-
-def _check_keys(name: str, data: Any, expected: Sequence[str]) -> None:
+def check_keys(name: str, data: Any, expected: Sequence[str]) -> None:
     if not isinstance(data, dict) or set(data) != set(expected):
         given = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise PlanError(f"{name}: expected an object with the keys {', '.join(expected)}; got {given}")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastsd.compress.configuration import Config, arguments_of
 from fastsd.compress.plan import Plan, PlanError
 
-Config = Mapping[str, Any]
 # of two configurations that differ in it, the one for the levels that are left
 _BY_LEVEL = (
     "block_out_channels",
@@ -19,17 +19,13 @@ _BY_LEVEL = (
     "only_cross_attention",
     "num_attention_heads",
 )
+_OF_ATTENTION = ("attention_head_dim", "cross_attention_dim", "num_attention_heads")
 _DOWN_TYPES = {
     "DownBlock2D": "DownBlock2D",
     "CrossAttnDownBlock2D": "DownBlock2D",
 }  # each and the one without attention
 _UP_TYPES = {"UpBlock2D": "UpBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 _MID_TYPES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-
-
-def arguments_of(config: Config) -> dict[str, Any]:
-    """What a model with this configuration is built with: without the entries that diffusers adds for itself."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def layers_of(config: Config) -> list[int]:
@@ -293,6 +289,7 @@ class _Planning:
             for key in _BY_LEVEL:
                 if isinstance(config.get(key), list | tuple):
                     config[key] = list(config[key])[: self.left]
+                    self._check_mid_block(key, config[key][-1])
         # what is as it was stays written as it was
         if layers != layers_of(self.config):
             config["layers_per_block"] = layers[0] if len(set(layers)) == 1 else layers
@@ -309,6 +306,17 @@ class _Planning:
                 up if nested or (not uniform and up != down[::-1]) else None
             )
         return config
+
+    def _check_mid_block(self, key: str, deepest: Any) -> None:
+        """The attention of the mid block is built as that of the deepest level: the one that is left, from now on."""
+        attends = self.config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
+        attends = attends and not self.removed & {"mid_block", "mid_block.attentions.0"}
+        if attends and key in _OF_ATTENTION and deepest != list(self.config[key])[-1]:
+            raise PlanError(
+                f"removed: expected mid_block or mid_block.attentions.0 with levels whose {key} differs from that of "
+                f"the deepest level left, as which stock diffusers builds the mid block; got {deepest} there and "
+                f"{list(self.config[key])[-1]} in the mid block"
+            )
 
     def _mid_block(
         self, config: dict[str, Any], down: list[list[int]], sources: dict[str, str], skipped: list[str]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastsd.compress.plan import Compression
+from fastsd.compress.compression import Compression
 from fastsd.gri import GRI, level_of, levels_of
 from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules

@@ -205,9 +205,20 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"of \[8, 8, 8, 8, 16, .*\] channels; got \[8, 8, 8, 16, .*needs no fit"):
         fit_controlnet(diffusers.ControlNetModel.from_unet(small, **EMBEDDING), small)
     net = diffusers.ControlNetModel.from_unet(full, **EMBEDDING)
+    compiled = "controlnet: expected one that is not compiled; fit it first, then compile"
+    several = diffusers.MultiControlNetModel([net, torch.compile(net)])
+    for each in (torch.compile(net), several, torch.compile(several)):
+        with pytest.raises(ValueError, match=compiled):
+            fit_controlnet(each, small)
+    in_place = copy.deepcopy(net)
+    in_place.compile()
+    with pytest.raises(ValueError, match=compiled):
+        fit_controlnet(in_place, small)
     net.forward = net.forward
     with pytest.raises(ValueError, match="expected no forward of its own"):
         fit_controlnet(net, small)
+    with pytest.raises(TypeError, match="controlnet: expected a diffusers ControlNetModel; got NoneType"):
+        fit_controlnet(None, small)
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "ssd-1b"])

@@ -142,6 +142,16 @@ def test_refusals():
         fit_ip_adapter({"unet.conv_in.weight": torch.ones(1)}, small)
     with pytest.raises(TypeError, match="state_dict: expected a mapping; got str"):
         fit_ip_adapter("a-file", small)
+    with pytest.raises(TypeError, match="image_proj: expected a mapping from names to tensors; got NoneType"):
+        fit_ip_adapter({"image_proj": None, "ip_adapter": None}, small)
+    with pytest.raises(TypeError, match="ip_adapter: expected a mapping from names to tensors; got list"):
+        fit_ip_adapter({**state, "ip_adapter": []}, small)
+    with pytest.raises(TypeError, match=r"ip_adapter: expected a tensor for '1\.to_k_ip\.weight'; got str"):
+        fit_ip_adapter({**state, "ip_adapter": state["ip_adapter"] | {"1.to_k_ip.weight": "x"}}, small)
+    with pytest.raises(TypeError, match="ip_adapter: expected names that are strings; got 1"):
+        fit_ip_adapter({**state, "ip_adapter": {1: torch.ones(1)}}, small)
+    with pytest.raises(TypeError, match="state_dict: expected names that are strings; got 1"):
+        fit_ip_adapter({1: torch.ones(1)}, small)
     fewer = {key: value for key, value in state["ip_adapter"].items() if not key.startswith("31.")}
     with pytest.raises(
         ValueError, match=r"expected 31\.to_k_ip\.weight of the shape \(32, 8\), for mid_block.*; got none"

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
 import fastsd
-from fastsd.adapters import fit_lora, origin_of
+from fastsd.adapters import Compression, fit_lora, origin_of
 from tests.adapters.models import WHEN, full_of, patched_around, pruned, relative_error
 from tests.compress.models import SMALL_XL, build, call
 
@@ -71,7 +71,8 @@ def test_as_fused_before(name):
     assert len(fitted) == 2 * len(report.used)
     assert report.skipped
     # a convolution that mixes kernels takes none of it
-    mixed = set(small.compression.plan.experts) | {c for of in small.compression.plan.experts.values() for c in of}
+    experts = Compression.of(small).plan.experts
+    mixed = set(experts) | {conv for of in experts.values() for conv in of}
     assert mixed <= set(report.skipped)
     expected = call(pruned(name, fused(full, {key: state[key] for key in state if layer(key) not in mixed})))
     small.load_lora_adapter(fitted, prefix=None)
@@ -104,15 +105,21 @@ def test_names():
     small = fastsd.compress(full, "bk-sdm-small")
     state = {
         "unet.up_blocks.0.resnets.2.conv1.lora_A.weight": torch.ones(2, 64, 3, 3),
+        "unet.up_blocks.0.resnets.2.conv1.lora_B.weight": torch.ones(32, 2, 1, 1),
         "unet.up_blocks.0.resnets.1.conv1.lora_A.weight": torch.ones(2, 64, 3, 3),
+        "unet.up_blocks.0.resnets.1.conv1.lora_B.weight": torch.ones(32, 2, 1, 1),
         "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 32, 1, 1),
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(32, 2, 1, 1),
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight": torch.ones(8, 2),
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": torch.ones(2, 8),
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 8),
     }
     fitted, report = fit_lora(state, small)
     assert list(fitted) == [
         "unet.up_blocks.0.resnets.1.conv1.lora_A.weight",
+        "unet.up_blocks.0.resnets.1.conv1.lora_B.weight",
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
     ]
     assert all(any(value is given for given in state.values()) for value in fitted.values())
@@ -123,9 +130,66 @@ def test_names():
     )
     # a full model takes all
     assert str(fit_lora(state, full)[1]) == "LoRA: all 4 places are used"
-    # what has nothing for the U-Net is left alone
-    text = {key: value for key, value in state.items() if key.startswith("text")}
-    assert fit_lora(text, small)[0] == text
+
+
+TEXT = (
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+)
+
+
+@pytest.mark.parametrize("key", TEXT)
+def test_what_is_not_for_the_unet_is_left_alone(key):
+    state = {key: torch.ones(2, 8)}
+    fitted, report = fit_lora(state, fastsd.compress(build(), "bk-sdm-small"))
+    assert fitted == state
+    assert (report.used, report.skipped) == ((), ())
+    beside = {f"unet.{name}": value for name, value in halves().items()}
+    if not key.endswith("alpha"):
+        assert fit_lora(state | beside, build())[0] == state | beside
+
+
+@torch.no_grad()
+def test_alphas_of_old_names():
+    """Stock diffusers loads such a file, and does not look at them."""
+    full = build()
+    state = {}
+    for key, value in lora_of(full, ["to_q", "to_out.0"]).items():
+        path, part = key.removesuffix(".weight").rsplit(".", 1)
+        block, name = path.removesuffix(".0").rsplit(".", 1)
+        old = f"unet.{block}.processor.{name}_lora"
+        state[f"{old}.{'down' if part == 'lora_A' else 'up'}.weight"] = value
+        state[f"{old}.alpha"] = torch.tensor(0.1)
+    expected = copy.deepcopy(full)
+    load_as_pipelines_do(expected, state)
+    fitted, report = fit_lora(state, full)
+    assert len(fitted) == 2 * len(report.used) == 2 * len(state) // 3
+    given = copy.deepcopy(full)
+    load_as_pipelines_do(given, fitted)
+    assert torch.equal(call(given), call(expected))
+    assert relative_error(call(given), call(full)) > 1e-3
+
+
+@torch.no_grad()
+def test_dora_and_bias():
+    """What a LoRA may have for a layer beside its two matrices."""
+    full = build()
+    other = copy.deepcopy(full)
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, use_dora=True)
+    other.add_adapter(config)
+    dora = get_peft_model_state_dict(other)
+    assert any("magnitude" in key for key in dora)
+    assert fit_lora(dora, full)[0].keys() == dora.keys()
+    other = copy.deepcopy(full)
+    other.add_adapter(LoraConfig(r=2, target_modules=["to_out.0"], init_lora_weights=False, lora_bias=True))
+    bias = get_peft_model_state_dict(other)
+    assert any(key.endswith("lora_B.bias") for key in bias)
+    assert fit_lora(bias, full)[0].keys() == bias.keys()
+    scale = {"lora_unet_conv_in.dora_scale": torch.ones(8, 1, 1, 1)}
+    state = kohya(lora_of(full, ["conv_in"])) | scale
+    assert fit_lora(state, full)[0].keys() == state.keys()
 
 
 @torch.no_grad()
@@ -227,3 +291,56 @@ def test_refusals():
         fit_lora({"lora_unet_conv_in.lora_up.weight": torch.ones(9, 2, 1, 1)}, small)
     with pytest.raises(TypeError, match="state_dict: expected a mapping from names to tensors; got str"):
         fit_lora("a-file", small)
+    with pytest.raises(TypeError, match="state_dict: expected names that are strings; got 1"):
+        fit_lora({1: shape}, small)
+    with pytest.raises(TypeError, match=r"state_dict: expected a tensor for 'conv_in.lora_A.weight'; got list"):
+        fit_lora({"conv_in.lora_A.weight": [1.0]}, small)
+
+
+def halves(name="conv_in", *, down=(2, 4, 3, 3), up=(8, 2, 1, 1), names=("lora_A", "lora_B")):
+    return {f"{name}.{names[0]}.weight": torch.ones(down), f"{name}.{names[1]}.weight": torch.ones(up)}
+
+
+KOHYA_CONV_IN = halves("lora_unet_conv_in", names=("lora_down", "lora_up"))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (halves(down=(4,)), r"two dimensions or more for 'conv_in\.lora_A\.weight'; got the shape \(4,\)"),
+        (halves(up=()), r"two dimensions or more for 'conv_in\.lora_B\.weight'; got the shape \(\)"),
+        (halves(down=(3, 4, 3, 3)), "conv_in .*of one rank.*; got 3 and 2"),
+        (halves(down=(0, 4, 3, 3), up=(8, 0, 1, 1)), "conv_in .*of one rank.*; got 0 and 0"),
+        ({"conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, r"two matrices, .* for conv_in; got 'conv_in\.lora_A"),
+        ({"conv_in.lora_B.bias": torch.ones(8)}, r"two matrices, .* for conv_in; got 'conv_in\.lora_B\.bias'"),
+        (
+            {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
+            r"two matrices, .* for conv_in; got 'lora_unet_conv_in\.alpha",
+        ),
+        ({"conv_in.hada_w1_a": torch.ones(2, 2)}, "expected what a LoRA has for a layer, .*; got 'conv_in.hada_w1_a'"),
+        ({"conv_in.lokr_w1": torch.ones(2, 2)}, "expected what a LoRA has for a layer, .*; got 'conv_in.lokr_w1'"),
+        ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, "what a LoRA has .*; got 'lora_unet_conv_in.hada_w1_a'"),
+        ({"lora_unet_conv_in.lora_mid.weight": torch.ones(2, 2)}, "what a LoRA has .*; got .*lora_mid.weight'"),
+        (
+            KOHYA_CONV_IN | {"lora_unet_conv_in.alpha": torch.ones(2)},
+            r"one finite number for 'lora_unet_conv_in\.alpha'; got the shape \(2,\)",
+        ),
+        (
+            KOHYA_CONV_IN | {"lora_unet_conv_in.alpha": torch.tensor(torch.inf)},
+            r"one finite number for 'lora_unet_conv_in\.alpha'; got inf",
+        ),
+        (
+            halves("lora_unet_conv_in", down=(4,), names=("lora_down", "lora_up"))
+            | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
+            "two dimensions or more for 'lora_unet_conv_in.lora_down.weight'",
+        ),
+        (
+            halves("lora_unet_conv_in", down=(0, 4, 3, 3), up=(8, 0), names=("lora_down", "lora_up"))
+            | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
+            "conv_in .*of one rank.*; got 0 and 0",
+        ),
+    ],
+)
+def test_what_is_no_lora(state, message):
+    with pytest.raises(ValueError, match=message):
+        fit_lora(state, build())

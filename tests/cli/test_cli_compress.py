@@ -110,6 +110,7 @@ def test_of_a_pipeline_the_unet_in_its_own_dtype(tmp_path, capsys):
         (("vae-sd", "--recipe", "bk-sdm-small", "--dry-run"), ("U-Net", "AutoencoderKL")),
         (("sd99", "--recipe", "bk-sdm-small", "--dry-run"), ("sd99", "sd15")),
         (("sd99", "--recipe", "bk-sdm-small", "--out", "OUT"), ("sd99", "sd15")),
+        (("/no/folder", "--recipe", "bk-sdm-small", "--dry-run"), ("/no/folder", "no folder")),
         (("FULL", "--recipe", "bk-sdm-small", "--dry-run"), ("expected", "config.json")),
         (("FULL", "--recipe", "bk-sdm-small", "--out", "OUT"), ("expected", "config.json")),
         (("small-sd", "--recipe", "bk-sdm-small", "--out", "FULL"), ("--out", "is there already")),

@@ -168,7 +168,7 @@ def test_experts_are_those_of_the_pruned_layers():
         (small.up_blocks[3].resnets[1].conv2, up[2].conv2, up[1].conv2),
         (small.down_blocks[0].resnets[0].conv1, down[0].conv1, down[1].conv1),
     ):
-        assert torch.equal(layer.weight, torch.stack([own.weight, other.weight]))
+        assert torch.equal(layer.weight, torch.cat([own.weight, other.weight]))
         assert torch.equal(layer.bias, torch.stack([own.bias, other.bias]))
     assert type(small.up_blocks[3].resnets[0].conv1) is torch.nn.Conv2d  # three inputs of different width
 
@@ -242,6 +242,57 @@ def test_what_is_no_weight_is_carried_over():
     assert small.is_gradient_checkpointing
     assert small.dtype == torch.float64
     assert type(small.attn_processors["up_blocks.1.attentions.1.transformer_blocks.0.attn1.processor"]) is AttnProcessor
+
+
+def test_processors_stay_shared():
+    for in_place in (False, True):
+        unet = build()
+        shared = AttnProcessor()
+        shared.store = []
+        unet.set_attn_processor(shared)
+        small = fastsd.compress(unet, "bk-sdm-base", in_place=in_place)
+        found = set(map(id, small.attn_processors.values()))
+        assert len(found) == 1
+        assert (found == {id(shared)}) == in_place
+
+
+def test_what_was_frozen_stays_frozen():
+    small = fastsd.compress(build().requires_grad_(False), "a-sdm")
+    trained = {name for name, parameter in small.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".routing." in name for name in trained)
+
+
+def test_entries_that_somebody_has_added():
+    unet = build()
+    unet.register_to_config(note="mine")
+    small = fastsd.compress(unet, "bk-sdm-base")
+    assert small.config.note == "mine"
+    assert fastsd.compress(unet, "a-sdm").config.note == "mine"
+
+
+@torch.no_grad()
+def test_channels_last():
+    small = fastsd.compress(build(), "a-sdm")
+    expected = call(small)
+    small.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(call(small), expected, rtol=1e-4, atol=1e-5)
+    fastsd.patch(small, gri=None, rules=[rule.name for rule in fastsd.registered_rules()])
+    torch.testing.assert_close(call(small), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_plans_can_be_keys():
+    assert {fastsd.Plan(("mid_block",)): 1}[fastsd.Plan(("mid_block",))] == 1
+    experts = {"up_blocks.1.resnets.0.conv2": ()}
+    assert hash(fastsd.Plan(experts=experts)) == hash(fastsd.Plan(experts=dict(experts)))
+
+
+def test_the_heads_of_the_mid_block():
+    unet = build(SMALL_SD, attention_head_dim=(1, 2, 4, 8))
+    removed = PLANS["level"].removed
+    with pytest.raises(fastsd.PlanError, match=r"attention_head_dim differs.*got 4 there and 8 in the mid block"):
+        fastsd.compress(unet, fastsd.Plan(removed))
+    assert fastsd.compress(unet, fastsd.Plan((*removed, "mid_block"))).mid_block is None
 
 
 def test_a_patched_model_is_compressed_as_stock():
@@ -335,6 +386,55 @@ def test_what_would_be_lost():
     hooked.conv_in.forward = lambda x: x
     with pytest.raises(fastsd.PlanError, match="conv_in has a forward of its own"):
         fastsd.compress(hooked, "bk-sdm-base")
+
+
+class Doubling(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Uncopied(AttnProcessor):
+    def __deepcopy__(self, memo):
+        raise TypeError("mine alone")
+
+
+def _doubling(unet):
+    unet.conv_in.__class__ = Doubling
+
+
+def _hooked(unet):
+    unet.mid_block.register_forward_hook(lambda *args: None)
+
+
+def _seamless(unet):
+    unet.conv_in.padding_mode = "circular"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_doubling, r"conv_in should be Conv2d\(.*and is Doubling\("),
+        (_hooked, "no hooks, which would be lost; mid_block has some"),
+        (_seamless, "conv_in should be .*and is .*padding_mode=circular"),
+        (lambda unet: unet.enable_freeu(0.9, 0.2, 1.5, 1.6), "without FreeU"),
+        (lambda unet: unet.set_attn_processor(Uncopied()), r"processors that can be copied, or .*: mine alone"),
+    ],
+)
+def test_behaviour_that_would_be_lost(change, says):
+    unet = build()
+    change(unet)
+    with pytest.raises(fastsd.PlanError, match=says):
+        fastsd.compress(unet, "bk-sdm-base")
+    assert type(unet) is diffusers.UNet2DConditionModel
+
+
+def test_hooks_of_a_model_that_stays():
+    unet, seen = build(), []
+    unet.register_forward_hook(lambda *args: seen.append(1))
+    with pytest.raises(fastsd.PlanError, match="no hooks, which would be lost; it has some"):
+        fastsd.compress(unet, "bk-sdm-base")
+    call(fastsd.compress(unet, "bk-sdm-base", in_place=True))
+    assert seen == [1]
 
 
 def test_configurations_stay_as_they_were_written():

@@ -47,9 +47,9 @@ def test_a_sdm_counts_gri_attention_and_mixing(sd15):
     full = total(measure(sd15))
     assert 1 - plain.all_macs / full.all_macs == pytest.approx(0.145, abs=1e-3)
     assert 1 - found.all_macs / full.all_macs == pytest.approx(0.216, abs=1e-3)
-    # five convolutions mix two kernels each; routing is a product with a mean, and is not counted
-    kernels = [9 * 320 * 320] * 3 + [9 * 320 * 320, 9 * 640 * 320]
-    assert found.macs - plain.macs == 2 * sum(kernels)
+    # five convolutions mix two kernels each, and ask how much of each
+    channels = [320] * 4 + [640]
+    assert found.macs - plain.macs == sum(2 * 9 * n * 320 + 2 * n for n in channels)
     # what is left at the highest level: three layers of 8 heads, 40 wide, with 16² keys of a window and 16² cells
     saved = 3 * 2 * 4096 * (4096 - 256 - 256) * 320
     assert plain.attention_macs - found.attention_macs == saved

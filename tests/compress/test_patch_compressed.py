@@ -2,13 +2,16 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.compress import RECIPES, recipe
+from fastsd.models import example_inputs
 from fastsd.nn.cond_conv import CondConv2d
 from fastsd.nn.skip import SkippedResnet
 from fastsd.patching.report import NO_RULE
@@ -116,18 +119,33 @@ def test_what_is_put_on_a_mixing_convolution_runs():
         handle = module.register_forward_hook(lambda module, args, y: seen.append(type(module)))
         assert relative_error(call(small), call(expected)) <= 1e-4
         handle.remove()
-    assert seen[0] is CondConv2d  # its routing is read through by the op, as the op's own forward does
+    assert seen == [CondConv2d, nn.Linear]
     conv.routing.weight.data.mul_(3)
     expected.up_blocks[1].resnets[0].conv2.routing.weight.data.mul_(3)
     assert relative_error(call(small), call(expected)) <= 1e-4
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+@torch.no_grad()
+def test_offloaded_and_cast(is_patched):
+    """What moves or casts weights around each call does so for a routing, too."""
+    small = trained(fastsd.compress(build(), PLANS["experts"]))
+    inputs = example_inputs(small, 2, 16, tokens=7)
+    expected = small(**inputs)[0]
+    offloaded = accelerate.cpu_offload(copy.deepcopy(small), execution_device=torch.device("cpu"))
+    cast = copy.deepcopy(small)
+    cast.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert cast.up_blocks[1].resnets[0].conv2.routing.weight.dtype == torch.float8_e4m3fn
+    for model, error in ((offloaded, 1e-4), (cast, 0.2)):
+        if is_patched:
+            fastsd.patch(model)
+        assert relative_error(model(**inputs)[0], expected) <= error
 
 
 def test_gradients_as_unpatched():
     small = fastsd.compress(build(), "a-sdm").train()
     gradients = []
     for model in (copy.deepcopy(small), fastsd.patch(copy.deepcopy(small), gri=fastsd.GRI(16, 4))):
-        from fastsd.models import example_inputs
-
         model(**example_inputs(model, 2, 16, tokens=7))[0].square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in gradients[0].items():

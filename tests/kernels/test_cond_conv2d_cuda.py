@@ -14,7 +14,6 @@ from fastsd_kernels import cond_conv2d
 from fastsd_kernels.cond_conv2d import cases, cuda_impl, op
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.testing import Sample, assert_contract, check_op, named
-from fastsd_kernels.testing.inputs import random_tensor
 from tests.proving import host
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -30,7 +29,6 @@ IN_BFLOAT16 = (
     "nan_channels_last",
 )
 ON_THE_HOST = [*((torch.float16, name) for name in SAMPLES), *((torch.bfloat16, name) for name in IN_BFLOAT16)]
-CROWD = "more experts than registers hold, for several samples of a block"
 # On a small card a block has several samples and a long chunk of positions
 ON_A_SMALL_CARD = (
     "many_samples_routed_channels_last",
@@ -38,7 +36,7 @@ ON_A_SMALL_CARD = (
     "many_tiles_routed_channels_last",
     "off_vector_width_routed_contiguous",
     "mix_first_9x22_channels_last_routed",
-    CROWD,
+    "crowd_contiguous",
 )
 SANITIZED_SAMPLES = (
     "everything_contiguous",
@@ -92,9 +90,6 @@ def libraries():
 
 
 def sample_of(name, dtype=torch.float16):
-    if name == CROWD:
-        sizes = {"x": (7, 8, 6, 5), "experts": (9, 8, 8, 3, 3), "alpha": (7, 9)}
-        return Sample(name, {of: random_tensor(size, "cpu", dtype) / 4 for of, size in sizes.items()})
     return named(cases.samples("cpu", dtype), name)
 
 

@@ -61,6 +61,7 @@ SMALL_TILE_SAMPLES = (
     *(f"{strategy}_6x5_channels_last{routed}" for strategy in STRATEGIES for routed in ("", "_routed")),
     "many_samples_routed_channels_last",
     "many_experts_routed_channels_last",
+    "crowd_channels_last",
     "off_vector_width_routed_contiguous",
     "skip_routed_contiguous_sliced_channels",
     "skip_without_norm_channels_last",
@@ -161,6 +162,7 @@ def test_small_tiles_take_the_paths_of_large_maps(monkeypatch):
         ("activate", True, True, False, True),
         ("route", True, True, True),
         ("mix", True, False, True),
+        ("mix", True, True, True),
         ("mix", True, True, False),
         *(("convolve", *way, True, skip) for way in ((False, False), (True, False), (True, True)) for skip in (0, 1)),
     }

@@ -67,6 +67,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         ("one_pixel", (3, 8, 1, 1), 2, 8, 3, _SAME),
         ("many_tiles", (2, 16, 37, 21), 2, 16, 3, _SAME),
         ("many_samples", (9, 8, 4, 4), 2, 40, 3, _SAME),
+        # more experts than registers hold, for several samples of a block
+        ("crowd", (7, 8, 6, 5), 9, 40, 3, _SAME),
         ("no_padding", (2, 8, 6, 7), 2, 8, 3, {}),
         ("uneven_padding", (1, 8, 5, 6), 2, 8, 3, {"padding": (2, 0, 1, 3)}),
         ("stride_2", (2, 8, 9, 8), 2, 16, 3, {"stride": 2, "padding": 1}),
