@@ -1,11 +1,13 @@
 """The ways to run one model that are compared: stock diffusers in its usual dresses, and fastsd."""
 
 import copy
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 import fastsd
 from fastsd import models
@@ -40,11 +42,40 @@ def _captured(call: Call) -> Call:
     return replay
 
 
+def _openvino(model: models.Model, inputs: dict[str, Any]) -> Call:
+    """OpenVINO's CPU plugin on the traced model, in float32 and for this size alone."""
+    import openvino
+
+    values, structure = pytree.tree_flatten(inputs)
+    places = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor)]
+    tensors = tuple(values[place] for place in places)
+
+    class Traced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            given = list(values)
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            return models.entry_point(self.model)(**pytree.tree_unflatten(given, structure))[0]
+
+    sizes = [list(tensor.shape) for tensor in tensors]
+    converted = openvino.convert_model(Traced().eval(), example_input=tensors, input=sizes)
+    # without the hint it takes bfloat16 where the processor has it
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.compile_model(converted, "CPU", options | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    arrays = [tensor.numpy() for tensor in tensors]
+    return lambda: torch.from_numpy(compiled(arrays)[0])
+
+
 @dataclass(frozen=True)
 class Provider:
     """How the model is laid out, whether fastsd patches it, and what goes around the call.
 
-    ``gri``: at the highest level that has transformers, whatever it says itself.
+    ``gri``: at the highest level that has transformers, whatever it says itself. ``convert``: another runtime's call,
+    of the model with these inputs; ``needs``: the package that it is from.
     """
 
     channels_last: bool = False
@@ -52,6 +83,8 @@ class Provider:
     gri: fastsd.GRI | None = None
     around: Callable[[Call], Call] = lambda call: call
     cuda_only: bool = False
+    convert: Callable[[models.Model, dict[str, Any]], Call] | None = None
+    needs: str | None = None
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -60,6 +93,7 @@ PROVIDERS: dict[str, Provider] = {
     "compile": Provider(around=_compiled),
     "compile-max": Provider(around=_compiled_max, cuda_only=True),
     "cudagraph": Provider(around=_captured, cuda_only=True),
+    "openvino": Provider(convert=_openvino, needs="openvino"),
     "fastsd": Provider(patched=True),
     "fastsd+gri": Provider(patched=True, gri=fastsd.GRI()),
     "fastsd-channels_last": Provider(patched=True, channels_last=True),
@@ -76,6 +110,11 @@ def check_providers(names: Sequence[str], device: torch.device) -> None:
             raise ValueError(f"providers: expected some of {', '.join(PROVIDERS)}; got {name!r}")
         if PROVIDERS[name].cuda_only and device.type != "cuda":
             raise ValueError(f"providers: {name} needs a CUDA device; leave it out on {device}")
+        if PROVIDERS[name].convert is not None and device.type != "cpu":
+            raise ValueError(f"providers: {name} runs on a CPU; leave it out on {device}")
+        needed = PROVIDERS[name].needs
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            raise ValueError(f"providers: {name} needs a package that is not installed; pip install {needed}")
 
 
 def prepare(name: str, model: models.Model, inputs: dict[str, Any]) -> Call:
@@ -108,6 +147,8 @@ def _dressed(provider: Provider, own: models.Model, inputs: dict[str, Any]) -> C
         inputs = {key: _channels_last(value) for key, value in inputs.items()}
     if provider.patched:
         fastsd.patch(own, gri=provider.gri and replace(provider.gri, levels=highest_level(own)))
+    if provider.convert is not None:
+        return provider.convert(own, inputs)
     call = models.entry_point(own)
     return provider.around(lambda: call(**inputs))
 

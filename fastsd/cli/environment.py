@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("fastsd", "torch", "triton", "diffusers", "transformers", "peft", "cuda-python", "cuda-core")
+PACKAGES = ("fastsd", "torch", "triton", "diffusers", "transformers", "peft", "cuda-python", "cuda-core", "openvino")
 
 
 def versions() -> dict[str, str]:

@@ -202,3 +202,23 @@ def test_refused_requests(arguments, says, capsys):
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert all(words in captured.err for words in says)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning")
+@torch.no_grad()
+def test_openvino(tiny):
+    pytest.importorskip("openvino", reason="an extra: pip install .[bench]")
+    inputs = models.example_inputs(tiny, latent=8)
+    expected = models.flat_output(prepare("eager", tiny, inputs)())
+    call = prepare("openvino", tiny, inputs)
+    assert 0 < harness.relative_l2(models.flat_output(call()), expected) < 1e-5
+    inputs["sample"] += 1.0  # not a constant of the trace
+    assert harness.relative_l2(models.flat_output(call()), expected) > 1e-3
+
+
+def test_providers_that_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match="openvino runs on a CPU; leave it out on cuda"):
+        providers.check_providers(["openvino"], torch.device("cuda"))
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="openvino needs a package that is not installed; pip install openvino"):
+        providers.check_providers(["openvino"], torch.device("cpu"))
