@@ -62,9 +62,12 @@ def test_patching_measures(monkeypatch):
     assert cpu_speed.is_faster()  # once in a process, so that results do not change
 
 
-def test_measuring_draws_no_random_numbers():
-    before = torch.get_rng_state()
+def test_measuring_leaves_no_trace():
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
     ratio = cpu_speed._ratio()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     assert ratio > 0
     assert torch.equal(torch.get_rng_state(), before)
 
