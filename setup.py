@@ -33,7 +33,10 @@ class OptionalBuildExtension(BuildExtension):
 
 cpu_extension = CppExtension(
     "fastsd_kernels._cpu",
-    [f"csrc/cpu/{name}.cpp" for name in ("bindings", "group_norm_silu", "conv2d", "packed_weights", "gri_attention")],
+    [
+        f"csrc/cpu/{name}.cpp"
+        for name in ("bindings", "group_norm_silu", "conv2d", "packed_weights", "attention", "gri_attention")
+    ],
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_compile_args=COMPILE_FLAGS + EXTRA_FLAGS,
     extra_link_args=EXTRA_FLAGS,

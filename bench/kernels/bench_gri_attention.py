@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fastsd_kernels.gri_attention.cases import tokens
 from fastsd_kernels.gri_attention.geometry import covers
 from fastsd_kernels.testing import Sample
+from fastsd_kernels.testing.tokens import tokens
 
 Size = tuple[int, int]  # height and width
 

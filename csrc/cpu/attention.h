@@ -1,8 +1,10 @@
-// What gri_attention's vectorised kernels and its host function share.
+// What the vectorised kernels of attention and the host functions that use them share.
 
 #pragma once
 
 #include <cstdint>
+
+#include "isa.h"
 
 namespace fastsd {
 
@@ -38,7 +40,7 @@ constexpr int64_t scratch_floats(int64_t width) {
   return kMostQueries * (3 * width + kBlockKeys);
 }
 
-// The vectorised loops, as one instruction set has them; gri_attention_kernel.h says what each does.
+// The vectorised loops, as one instruction set has them; attention_kernel.h says what each does.
 template <typename T>
 struct AttentionKernels {
   int64_t queries;  // how many attend() takes at most
@@ -47,5 +49,27 @@ struct AttentionKernels {
   void (*pool)(const T* x, int64_t height, int64_t columns, int64_t row, int64_t token, int64_t width, float* mean);
   void (*to_float)(const T* x, int64_t count, float* y);
 };
+
+// Of float, c10::Half and c10::BFloat16; in attention.cpp.
+template <typename T>
+AttentionKernels<T> attention_kernels_for(Isa isa);
+
+constexpr int64_t kTaskQueries = 256;         // of many that see the same keys
+constexpr int64_t kKeptFloats = 1024 * 1024;  // of a thread's scratch, between calls
+
+// Tokens [batch, heads, tokens, width]; strides in elements.
+template <typename T>
+struct Tokens {
+  T* data;
+  int64_t batch, head, token;
+
+  T* at(int64_t b, int64_t h, int64_t index) const { return data + b * batch + h * head + index * token; }
+};
+
+// x: a tensor; data: its elements.
+template <typename T, typename Tensor, typename Data>
+Tokens<T> tokens_of(const Tensor& x, Data* data) {
+  return {static_cast<T*>(data), x.stride(0), x.stride(1), x.stride(2)};
+}
 
 }  // namespace fastsd

@@ -1,4 +1,4 @@
-// The vectorised loops of gri_attention, compiled once per instruction set by foreach_isa.h.
+// The vectorised loops of attention, compiled once per instruction set by foreach_isa.h.
 //
 // Every lane is a query: scores are [keys, queries], so that softmax never looks across a vector, keys and values are
 // read as they lie, one number at a time for all lanes, and nothing is transposed but the queries and the results.

@@ -3,7 +3,7 @@
 // The keys and values of the cells are pooled first, in parallel. Then a task is some queries of one window, of one
 // head: their keys are rows of the window, read where they lie (16-bit ones are widened first), and runs of cells.
 
-#include "gri_attention.h"
+#include "attention.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,41 +20,15 @@
 #include "host.h"
 #include "isa.h"
 
-#define FASTSD_KERNEL "gri_attention_kernel.h"
-#include "foreach_isa.h"
-
 namespace fastsd {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kTaskQueries = 256;          // of a large window, or of a map without windows
-constexpr int64_t kKeptFloats = 1024 * 1024;   // of a thread's scratch, between calls
 constexpr int64_t kPooledPerTask = 16 * 1024;  // values that make a task of pooling
-
-template <typename T>
-AttentionKernels<T> kernels_for(Isa isa) {
-  switch (isa) {
-    case Isa::avx512:
-      return avx512::attention_kernels<T>();
-    case Isa::avx2:
-      return avx2::attention_kernels<T>();
-    default:
-      return baseline::attention_kernels<T>();
-  }
-}
 
 struct Size {
   int64_t height, width;
-};
-
-// A map [batch, heads, height · width, d] of tokens; strides in elements.
-template <typename T>
-struct Tokens {
-  T* data;
-  int64_t batch, head, token;
-
-  T* at(int64_t b, int64_t h, int64_t index) const { return data + b * batch + h * head + index * token; }
 };
 
 // Cells that all queries of a window leave out: their rows, [top, bottom), and columns, [left, right).
@@ -213,11 +187,6 @@ struct Attention {
   }
 };
 
-template <typename T, typename Data>
-Tokens<T> tokens_of(const Tensor& x, Data* data) {
-  return {static_cast<T*>(data), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // q, k, v and out [batch, heads, tokens, d], innermost stride 1, none of them empty; sizes of 0 for no window and no
 // pool, windows no larger than the map; share [heads] and v_cells [batch, heads, cells, d] dense in float32.
 // cpu_impl.py sees to it.
@@ -243,7 +212,7 @@ void gri_attention(Tensor q, Tensor k, Tensor v, int64_t grid_height, int64_t gr
         share ? static_cast<const float*>(share->const_data_ptr()) : nullptr,
         v_cells ? static_cast<const float*>(v_cells->const_data_ptr()) : nullptr,
         float(scale),
-        kernels_for<T>(checked_isa(isa)),
+        attention_kernels_for<T>(checked_isa(isa)),
     }
         .run();
   });

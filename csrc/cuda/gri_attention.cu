@@ -1,67 +1,23 @@
 // gri_attention: the tokens of a map attend to their window's tokens, and to cells, which are means over the map.
 //
-// gri_attention_pool makes the cells. A block of gri_attention_attend has 16 · WARPS queries of one window, a warp 16
-// of them. It goes through the window's keys and then through the cells, KEYS at a time, as FlashAttention does: the
-// next keys and values are on their way to shared memory while the warps multiply those that are there, the softmax is
-// taken as it comes, and its weights go from the first product to the second in registers. Keys are read where they
-// are, by the strides of k and v; nothing is permuted.
+// gri_attention_pool makes the cells. A block of gri_attention_attend has 16 · WARPS queries of one window. It goes
+// through the window's keys and then through the cells: the next keys and values are on their way to shared memory
+// while the warps multiply those that are there, as attention.cuh says. Keys are read where they are, by the strides of
+// k and v; nothing is permuted.
 //
 // A key has a bias: the logarithm of the tokens that a cell stands for, 0 for a token, -inf for a cell that is left out
-// and for the places behind the last key. Scores and biases are in units of ln 2.
+// and for the places behind the last key.
 //
-// Nothing depends on the order of blocks, and there are no atomics: two runs are equal to the bit.
-//
-// Defined by the host: DTYPE, __half or __nv_bfloat16; HEAD_WIDTH, d; VECTOR, elements of one access to q, k and v,
-// which divides d and all strides; with 8 they are copied asynchronously; WARPS; KEYS, a multiple of 16.
-#include "device.cuh"
+// Nothing depends on the order of blocks, and there are no atomics: two runs are equal to the bit. Defined by the host:
+// what attention.cuh takes.
+#include "attention.cuh"
 
 using namespace fastsd;
 
 namespace {
 
-using T = DTYPE;
-
-constexpr int kThreads = WARPS * kWarp;
-constexpr int kWarpQueries = 16;
-constexpr int kQueries = WARPS * kWarpQueries;
-constexpr int kSteps = (HEAD_WIDTH + 15) / 16;  // of the product of queries and keys
-constexpr int kColumns = (HEAD_WIDTH + 7) / 8;  // of that of weights and values
-constexpr int kPadded = kSteps * 16;            // zeros behind d
-constexpr int kPitch = kPadded + 8;             // an odd number of 16 bytes keeps 8 rows out of each other's banks
-constexpr int kPieces = HEAD_WIDTH / VECTOR;    // of a row
-constexpr int kResidentThreads = HEAD_WIDTH <= 160 ? 384 : 256;  // bounds registers: to 168, to 255
-constexpr bool kHoldQueries = HEAD_WIDTH <= 128;                 // in registers, else they are read again for each tile
-// of one access to the result, whose rows are dense
-constexpr int kOutVector = HEAD_WIDTH % 8 == 0 ? 8 : HEAD_WIDTH % 4 == 0 ? 4 : HEAD_WIDTH % 2 == 0 ? 2 : 1;
-constexpr float kNever = __builtin_bit_cast(float, 0xff800000u);  // -inf, for which NVRTC has no name
-
-static_assert(KEYS % 16 == 0 && HEAD_WIDTH % VECTOR == 0 && VECTOR <= 8, "whole fragments and whole accesses");
-
 __device__ int least(int a, int b) {
   return a < b ? a : b;
-}
-
-// Brings one piece of a row to shared memory, or zeros.
-__device__ void fetch(const T* from, bool valid, T* to) {
-  if constexpr (VECTOR == 8) {
-    cp_async_16(to, from, valid);
-  } else {
-    float elements[VECTOR] = {};
-    if (valid) load(from, elements);
-    store(to, elements);
-  }
-}
-
-// Zeros in the elements behind d of `rows` rows, which no fetch touches.
-__device__ void clear_padding(T* to, int rows) {
-  if constexpr (HEAD_WIDTH < kPadded) {
-    constexpr int kVector = VECTOR;
-    constexpr int kPiecesBehind = (kPadded - HEAD_WIDTH) / kVector;
-    const float zeros[kVector] = {};
-    for (int item = threadIdx.x; item < rows * kPiecesBehind; item += kThreads) {
-      store(to + item / kPiecesBehind * kPitch + HEAD_WIDTH + item % kPiecesBehind * kVector, zeros);
-    }
-  }
 }
 
 // An area of the map: rows and columns from the first on to before the end.
@@ -87,133 +43,6 @@ __device__ Area area(u32 index, u32 across, i64 height, i64 width, i64 map_heigh
   const int left = static_cast<int>(index - row * across) * static_cast<int>(width);
   return {top, left, least(top + static_cast<int>(height), static_cast<int>(map_height)),
           least(left + static_cast<int>(width), static_cast<int>(map_width))};
-}
-
-// The maximum and the sum of the four lanes that share a row of a fragment.
-__device__ float row_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
-  return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
-}
-__device__ float row_sum(float value) {
-  value += __shfl_xor_sync(kAllLanes, value, 1);
-  return value + __shfl_xor_sync(kAllLanes, value, 2);
-}
-
-__device__ u32 packed(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  u32 word;
-  memcpy(&word, pair, sizeof(word));
-  return word;
-}
-
-// A warp's softmax as far as it has come. A lane has two rows, lane / 4 and 8 below it, of each fragment.
-struct Softmax {
-  float largest[2], sum[2];  // sum: of this lane's keys alone
-  float values[kColumns][4];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      largest[row] = kNever;
-      sum[row] = 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[j][i] = 0.0f;
-    }
-  }
-
-  // Scores become weights relative to the new maximum; what there is already is brought to the same measure.
-  __device__ void weigh(float (&scores)[KEYS / 8][4], const float* bias, float scale) {
-    const float before[2] = {largest[0], largest[1]};
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j) {
-      float of_key[2];
-      load(bias + j * 8 + threadIdx.x % 4 * 2, of_key);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[j][i] = fmaf(scores[j][i], scale, of_key[i % 2]);
-        largest[i / 2] = fmaxf(largest[i / 2], scores[j][i]);
-      }
-    }
-    float base[2], factor[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      largest[row] = row_max(largest[row]);
-      // so far all may be left out: -inf less -inf is no number
-      base[row] = largest[row] == kNever ? 0.0f : largest[row];
-      factor[row] = exp2_fast(before[row] - base[row]);
-      sum[row] *= factor[row];
-    }
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[j][i] *= factor[i / 2];
-    }
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[j][i] = exp2_fast(scores[j][i] - base[i / 2]);
-        sum[i / 2] += scores[j][i];
-      }
-    }
-  }
-
-  // What to multiply the values of a row by, for a softmax that has `share` of the result.
-  __device__ float factor(int row, float share) const { return __fdividef(share, row_sum(sum[row])); }
-};
-
-// scores = queries · keysᵀ
-__device__ void multiply_keys(const u32 (&held)[kHoldQueries ? kSteps : 1][4], const T* queries, const T* keys,
-                              float (&scores)[KEYS / 8][4]) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int j = 0; j < KEYS / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scores[j][i] = 0.0f;
-  }
-  const T* row_of_a = queries + lane % 16 * kPitch + lane / 16 * 8;
-  const T* row_of_b = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    u32 a[4];
-    if constexpr (kHoldQueries) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = held[step][i];
-    } else {
-      ldmatrix_x4(a, row_of_a + step * 16);
-    }
-#pragma unroll
-    for (int j = 0; j < KEYS / 16; ++j) {
-      u32 b[4];
-      ldmatrix_x4(b, row_of_b + j * 16 * kPitch + step * 16);
-      const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-      mma_m16n8k16<T>(scores[2 * j], a, low);
-      mma_m16n8k16<T>(scores[2 * j + 1], a, high);
-    }
-  }
-}
-
-// sum += weights · values. As the first product leaves its sums in a lane, so the second takes its factors.
-__device__ void multiply_values(const float (&weights)[KEYS / 8][4], const T* values, float (&sum)[kColumns][4]) {
-  const int lane = threadIdx.x % kWarp;
-  const T* row_of_b = values + lane % 16 * kPitch + lane / 16 * 8;
-#pragma unroll
-  for (int step = 0; step < KEYS / 16; ++step) {
-    const float (&left)[4] = weights[2 * step], (&right)[4] = weights[2 * step + 1];
-    const u32 a[4] = {packed(left[0], left[1]), packed(left[2], left[3]), packed(right[0], right[1]),
-                      packed(right[2], right[3])};
-#pragma unroll
-    for (int j = 0; j < kColumns; j += 2) {
-      u32 b[4];
-      ldmatrix_x4<true>(b, row_of_b + step * 16 * kPitch + j * 8);
-      const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-      mma_m16n8k16<T>(sum[j], a, low);
-      if (j + 1 < kColumns) mma_m16n8k16<T>(sum[j + 1], a, high);
-    }
-  }
 }
 
 }  // namespace
@@ -267,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
                          i64 height, i64 width, i64 window_height, i64 window_width, i64 regions, i64 cell_height,
                          i64 cell_width, i64 windows_across, i64 windows, i64 tiles, i64 cells_across, i64 cell_count,
                          i64 mask_own_window, float scale) {
-  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const int thread = threadIdx.x, warp = thread / kWarp;
   const u32 tile_count = static_cast<u32>(tiles), window_count = static_cast<u32>(windows);
   const int first_query = static_cast<int>(blockIdx.x % tile_count) * kQueries;
   const u32 matrix = blockIdx.x / tile_count / window_count, sample = matrix / static_cast<u32>(heads);
@@ -344,10 +173,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
       if constexpr (kHoldQueries) {
         cp_async_wait<1>();
         __syncthreads();
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          ldmatrix_x4(held[step], own_queries + lane % 16 * kPitch + step * 16 + lane / 16 * 8);
-        }
+        hold_queries(held, own_queries);
       }
       continue;
     }
@@ -370,33 +196,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
     multiply_values(scores, values + stage * KEYS * kPitch, softmax.values);
   }
 
-  // From fragments to rows, through the place of the warp's own queries
   const float rest = gate == nullptr ? 1.0f : 1.0f - regional_share();
   const float factor[2] = {softmax.factor(0, rest), softmax.factor(1, rest)};
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    float result[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      result[i] = softmax.values[j][i] * factor[i / 2];
-      if (gate != nullptr) result[i] += regional[(j * 4 + i) * kThreads + thread];
-    }
-    T* to = own_queries + lane / 4 * kPitch + j * 8 + lane % 4 * 2;
-    const float upper[2] = {result[0], result[1]}, lower[2] = {result[2], result[3]};
-    store(to, upper);
-    store(to + 8 * kPitch, lower);
-  }
-  __syncwarp();
-  constexpr int kOutPieces = HEAD_WIDTH / kOutVector;
   T* y_matrix = y + sample * y_batch_stride + head * y_head_stride;
-#pragma unroll 1
-  for (int item = lane; item < kWarpQueries * kOutPieces; item += kWarp) {
-    const int row = item / kOutPieces, element = item % kOutPieces * kOutVector;
-    const int query = first_query + warp * kWarpQueries + row;
-    if (query >= own_count) break;
-    float piece[kOutVector];
-    load(own_queries + row * kPitch + element, piece);
-    store(y_matrix + window.token(query, width) * y_token_stride + element, piece);
-  }
+  write_rows(
+      own_queries,
+      [&](int j, int i) {
+        const float own = softmax.values[j][i] * factor[i / 2];
+        return gate == nullptr ? own : own + regional[(j * 4 + i) * kThreads + thread];
+      },
+      [&](int row) {
+        const int query = first_query + warp * kWarpQueries + row;
+        return query < own_count ? y_matrix + window.token(query, width) * y_token_stride : nullptr;
+      });
 }

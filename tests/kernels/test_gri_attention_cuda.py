@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastsd_kernels import gri_attention
+from fastsd_kernels.attention.cuda_impl import MAX_WIDTH
 from fastsd_kernels.gri_attention import cases, cuda_impl, op
 from fastsd_kernels.testing import Sample, assert_contract, check_op, named
 from fastsd_kernels.testing.inputs import random_tensor
@@ -297,7 +298,7 @@ def test_plan_stays_within_the_limits_of_a_launch(changes):
 
 
 def test_every_width_has_room_in_shared_memory():
-    for width, gated in itertools.product(range(1, cuda_impl.MAX_WIDTH + 1), (False, True)):
+    for width, gated in itertools.product(range(1, MAX_WIDTH + 1), (False, True)):
         assert plan(width=width, gated=gated).attend.shared_bytes <= SHARED_BYTES
 
 

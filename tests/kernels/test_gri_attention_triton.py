@@ -14,6 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fastsd_kernels import gri_attention
+from fastsd_kernels.attention import triton_impl as attention_impl
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.gri_attention import cases, op, reference, triton_backward
 from fastsd_kernels.testing import Sample, check_op, named
@@ -37,11 +38,22 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
 # These take the interpreter a minute in the steps that a card takes
 MANY_KEYS = tuple(name for name in SAMPLES if name.startswith("many_keys"))
-LARGE_TILES = {"MOST_M": 512, "MOST_N": 512, "MOST_Q_ELEMENTS": 1 << 16, "MOST_K_ELEMENTS": 1 << 16}
+LARGE_TILES = {
+    "attention.MOST_M": 512,
+    "attention.MOST_N": 512,
+    "attention.MOST_Q_ELEMENTS": 1 << 16,
+    "attention.MOST_K_ELEMENTS": 1 << 16,
+}
 
 # With tiles this small a few hundred elements take the paths of large maps: several tiles of queries and of keys in
 # each window, tiles of keys that are masked whole, cells added up in several steps
-SMALL_TILES = {"MOST_M": 32, "MOST_N": 32, "MOST_Q_ELEMENTS": 1, "MOST_K_ELEMENTS": 1, "POOLED_ELEMENTS": 32}
+SMALL_TILES = {
+    "attention.MOST_M": 32,
+    "attention.MOST_N": 32,
+    "attention.MOST_Q_ELEMENTS": 1,
+    "attention.MOST_K_ELEMENTS": 1,
+    "POOLED_ELEMENTS": 32,
+}
 SMALL_TILE_SAMPLES = (
     "packed",
     "width_40",
@@ -93,9 +105,9 @@ def test_interpreted_in_small_tiles(name):
 
 def test_small_tiles_take_the_paths_of_large_maps(monkeypatch):
     for name, value in SMALL_TILES.items():
-        monkeypatch.setattr(triton_impl, name, value)
-    tile = triton_impl.tile.__wrapped__(30, 30, 8, 4)
-    assert (tile.block_m, tile.block_n) == (16, 16)
+        owner, _, constant = name.rpartition(".")
+        monkeypatch.setattr(attention_impl if owner else triton_impl, constant, value)
+    monkeypatch.setattr(triton_impl, "tile", triton_impl.tile.__wrapped__)
     *_, pooling, attend = sample_launches(named(cases.samples("cpu", torch.float32), "one_cell_masked"))
     assert pooling.args[-1] < 30
     assert attend.args[-3:-1] == (16, 16)
@@ -105,33 +117,6 @@ def test_interpreter_refuses_bfloat16():
     failure = interpreter.failures("gri_attention", "bfloat16", names=("contiguous",))["contiguous"]
     for words in ("BackendUnavailable", "bfloat16", "TRITON_INTERPRET"):
         assert words in failure
-
-
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 33, 40, 48, 63, 64, 80, 96, 97, 160, 200, 511, 512])
-def test_parts_hold_a_row(width):
-    parts = triton_impl.parts(width)
-    for part in parts:
-        assert part is None or (part >= 16 and part & (part - 1) == 0)
-    assert width <= parts.padded
-    assert parts.padded - width < 16 or parts.padded < 1.5 * width
-    # no mask hides a part of the main part where there is another
-    assert parts.rest is None or parts.main < width
-
-
-@pytest.mark.parametrize(("width", "padded"), [(40, 48), (64, 64), (80, 80), (160, 160)])
-def test_widths_of_stable_diffusion_are_hardly_padded(width, padded):
-    assert triton_impl.parts(width).padded == padded
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("width", [1, 40, 64, 160, 512])
-@pytest.mark.parametrize("tokens", [1, 17, 64, 256, 1 << 20])
-def test_tiles_are_such_as_tensor_cores_multiply(tokens, width, itemsize):
-    tile = triton_impl.tile(tokens, tokens, width, itemsize)
-    for size in (tile.block_m, tile.block_n, tile.num_warps):
-        assert size & (size - 1) == 0
-    assert min(tile.block_m, tile.block_n) >= 16
-    assert 1 <= tile.num_warps <= 16
 
 
 def test_large_batches_stay_on_the_one_long_grid_axis():

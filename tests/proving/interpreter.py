@@ -39,7 +39,8 @@ def failures(
         op: its name.
         dtype: ``"float32"`` or ``"float16"``; the interpreter rounds bfloat16 wrongly.
         names: the samples to run; all if empty.
-        constants: of the module ``triton_impl``, set first, so that small samples take the paths of large ones.
+        constants: of the module ``triton_impl``, set first, so that small samples take the paths of large ones; of
+            another op's as ``"attention.MOST_M"``.
         twice: whether two more runs must give the same bits.
 
     Raises:
@@ -76,6 +77,10 @@ def _failure(op: Op, sample: Sample, twice: bool) -> str | None:
     return None
 
 
+def _op_named(name: str) -> Op:
+    return next(op for op in ops() if op.name == name)
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("op")
@@ -85,12 +90,13 @@ def _main() -> None:
     parser.add_argument("--twice", action="store_true")
     given = parser.parse_args()
 
-    op = next(op for op in ops() if op.name == given.op)
+    op = _op_named(given.op)
     for name, value in (setting.split("=") for setting in given.set):
-        module = op.backends["triton"].module
-        if not hasattr(module, name):
-            raise AttributeError(f"expected a constant of {module.__name__}; got {name!r}")
-        setattr(module, name, int(value))
+        owner, _, constant = name.rpartition(".")
+        module = _op_named(owner or given.op).backends["triton"].module
+        if not hasattr(module, constant):
+            raise AttributeError(f"expected a constant of {module.__name__}; got {constant!r}")
+        setattr(module, constant, int(value))
     samples = list(op.cases.samples("cpu", getattr(torch, given.dtype)))
 
     # with deterministic algorithms torch fills what torch.empty returns with NaN

@@ -10,8 +10,8 @@ from torch import SymInt, Tensor
 from fastsd_kernels.checks import check_dtype, check_kind
 from fastsd_kernels.dispatch import Op
 from fastsd_kernels.gradient import gradient_of
-from fastsd_kernels.gri_attention.geometry import empty_result
 from fastsd_kernels.gri_attention.reference import widened
+from fastsd_kernels.heads import empty_heads
 
 INTERACTIONS = ("joint", "gated", "agent")
 _SCHEMA = """(
@@ -145,7 +145,7 @@ def _check(
 
 
 def _fake(q: Tensor, *args: Any) -> Tensor:
-    return empty_result(q)
+    return empty_heads(q)
 
 
 def _fused_gradient(grad: Tensor, backend: str | None, *inputs: Any) -> tuple[Tensor | None, ...] | None:

@@ -15,20 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels import cuda_runtime
-from fastsd_kernels.cuda_runtime import ELEMENTS, MAX_BLOCKS, VECTOR_BYTES, Launch
-from fastsd_kernels.gri_attention.geometry import cell_count, covers, empty_result
+from fastsd_kernels.attention import cuda_impl as attention
+from fastsd_kernels.attention.cuda_impl import WARP, WARP_QUERIES, query_tiles
+from fastsd_kernels.cuda_runtime import Launch
+from fastsd_kernels.gri_attention.geometry import cell_count, covers
+from fastsd_kernels.heads import empty_heads
 
 SOURCE = "gri_attention.cu"
-DTYPES = (torch.float16, torch.bfloat16)
-MAX_WIDTH = 256  # of result rows that registers hold
-MAX_ELEMENTS = 2**30  # of one head; keeps the numbers of tokens, and of accesses to cells, within 32 bits
 
-_WARP = 32
-_WARP_QUERIES = 16
-_MAX_WARPS = 4
-_KEYS = ((80, 64), (160, 32), (MAX_WIDTH, 16))  # of a tile, up to a width
 _POOL_THREADS = 256
-_SHARED_BYTES = 99 * 1024  # that every card from compute capability 8.0 on has for one block
 
 
 @dataclass(frozen=True)
@@ -64,56 +59,36 @@ def plan(
         alignment: bytes that the addresses of q, k and v, and all their strides, are a multiple of.
         multiprocessors: of the card; blocks are made smaller until there is one for each of them.
     """
-    vector = math.gcd(alignment // dtype.itemsize, VECTOR_BYTES // dtype.itemsize, width)
-    keys = next(keys for widest, keys in _KEYS if width <= widest)
+    keys = attention.keys_of_tile(width)
     whole = _clipped(window, grid)
     windows_across = math.ceil(grid[1] / whole[1])
     windows = math.ceil(grid[0] / whole[0]) * windows_across
 
-    def tiles(warps: int) -> int:
-        return math.ceil(math.prod(whole) / (_WARP_QUERIES * warps))
+    def room(warps: int) -> int:
+        # with a gate also of the regions' share of the result
+        regional = WARP_QUERIES * warps * math.ceil(width / 8) * 8 if gated else 0
+        return attention.shared_bytes(width, warps, keys, stages=2) + 4 * regional
 
-    warps = _MAX_WARPS
-    while warps > 1 and (
-        math.prod(whole) <= _WARP_QUERIES * warps // 2
-        or batch * heads * windows * tiles(warps) < multiprocessors
-        or _shared_bytes(width, warps, keys, gated) > _SHARED_BYTES
-    ):
-        warps //= 2
+    warps = attention.warps_of_block(math.prod(whole), batch * heads * windows, room, multiprocessors)
+    tiles = query_tiles(math.prod(whole), warps)
 
     cells = None
     if pool is not None:
+        vector = attention.vector(dtype, width, alignment)
         pieces = cell_count(grid, pool) * width // vector
-        threads = min(_POOL_THREADS, math.ceil(pieces / _WARP) * _WARP)
+        threads = min(_POOL_THREADS, math.ceil(pieces / WARP) * WARP)
         parts = math.ceil(pieces / threads)
         cells = Launch("gri_attention_pool", (batch * heads * 2 * parts, 1, 1), (threads, 1, 1), 0)
     return Plan(
-        defines=(
-            f"DTYPE={ELEMENTS[dtype]}",
-            f"HEAD_WIDTH={width}",
-            f"VECTOR={vector}",
-            f"WARPS={warps}",
-            f"KEYS={keys}",
-        ),
+        defines=attention.defines(dtype, width, alignment, warps, keys),
         pool=cells,
         attend=Launch(
-            "gri_attention_attend",
-            (batch * heads * windows * tiles(warps), 1, 1),
-            (warps * _WARP, 1, 1),
-            _shared_bytes(width, warps, keys, gated),
+            "gri_attention_attend", (batch * heads * windows * tiles, 1, 1), (warps * WARP, 1, 1), room(warps)
         ),
         windows_across=windows_across,
         windows=windows,
-        tiles=tiles(warps),
+        tiles=tiles,
     )
-
-
-def _shared_bytes(width: int, warps: int, keys: int, gated: bool) -> int:
-    """Of queries, two tiles each of keys, values and biases; with a gate also of the regions' share of the result."""
-    queries = _WARP_QUERIES * warps
-    pitch = math.ceil(width / 16) * 16 + 8
-    regional = queries * math.ceil(width / 8) * 8 if gated else 0
-    return 2 * (queries + 4 * keys) * pitch + 4 * (2 * keys + regional)
 
 
 def _clipped(window: Sequence[int] | None, grid: Sequence[int]) -> tuple[int, int]:
@@ -135,32 +110,14 @@ def reject(
     pool: Sequence[int] | None,
     *args: object,
 ) -> str | None:
-    if q.device.type != "cuda":
-        return f"q is on {q.device}; the cuda backend needs CUDA tensors"
-    if q.dtype not in DTYPES:
-        return f"q is {q.dtype}; the cuda backend takes float16 and bfloat16; backend='triton' takes float32"
-    batch, heads, tokens, width = q.shape
-    if width > MAX_WIDTH:
-        return (
-            f"q has heads of width {width}; the cuda backend takes up to {MAX_WIDTH}; "
-            "backend='triton' takes wider ones, and 'reference' any"
-        )
-    if tokens * width > MAX_ELEMENTS:
-        return (
-            f"q has {tokens} tokens of width {width} in each head; "
-            f"the cuda backend takes up to {MAX_ELEMENTS} elements of them"
-        )
+    refusal = attention.reject_queries(q)
+    if refusal is not None:
+        return refusal
     # the most that plan() may ask for: tiles of one warp, cells read element by element
-    tiles = math.ceil(math.prod(_clipped(window, grid)) / _WARP_QUERIES)
+    tiles = query_tiles(math.prod(_clipped(window, grid)), 1)
     windows = math.prod(math.ceil(n / w) for n, w in zip(grid, _clipped(window, grid), strict=True))
-    parts = 0 if pool is None else 2 * math.ceil(cell_count(grid, pool) * width / _POOL_THREADS)
-    blocks = batch * heads * max(windows * tiles, parts)
-    if blocks > MAX_BLOCKS:
-        return (
-            f"q has {batch} samples of {heads} heads, which take {blocks} blocks; "
-            f"the cuda backend takes up to {MAX_BLOCKS}"
-        )
-    return None
+    parts = 0 if pool is None else 2 * math.ceil(cell_count(grid, pool) * q.shape[3] / _POOL_THREADS)
+    return attention.reject_blocks(q, max(windows * tiles, parts))
 
 
 def run(q: Tensor, *args: object) -> Tensor:
@@ -182,7 +139,7 @@ def compute(
     scale: float | None,
 ) -> Tensor:  # [B, heads, N, d]
     """The op through ``launch``, which is :func:`fastsd_kernels.cuda_runtime.launch` or works as it does."""
-    out = empty_result(q)
+    out = empty_heads(q)
     if out.numel() == 0:
         return out
 
@@ -190,7 +147,7 @@ def compute(
     scale = 1 / math.sqrt(width) if scale is None else scale
     if covers(window, grid):
         pool, gate = None, None
-    q, k, v = (x if x.stride(3) == 1 or width == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (attention.side_by_side(x) for x in (q, k, v))
     gate = None if gate is None else gate.float().contiguous()
     p = plan(
         batch=batch,
@@ -201,7 +158,7 @@ def compute(
         pool=None if pool is None else (pool[0], pool[1]),
         gated=gate is not None,
         dtype=q.dtype,
-        alignment=_alignment(q, k, v),
+        alignment=attention.alignment(q, k, v),
         multiprocessors=multiprocessors,
     )
 
@@ -237,14 +194,3 @@ def compute(
         ],
     )
     return out
-
-
-def _alignment(*maps: Tensor) -> int:
-    """Bytes that all addresses and all strides are a multiple of."""
-    strides = [
-        stride * x.element_size()
-        for x in maps
-        for size, stride in zip(x.shape[:3], x.stride(), strict=False)
-        if size > 1
-    ]
-    return math.gcd(cuda_runtime.alignment(*maps), *strides)

@@ -46,23 +46,3 @@ def tokens_of_cells(grid: Sequence[int], pool: Sequence[int], device: torch.devi
     """``[G]``: how many tokens each cell stands for."""
     heights, widths = (torch.tensor(pieces(n, s), device=device) for n, s in zip(grid, pool, strict=True))
     return torch.outer(heights, widths).flatten()
-
-
-def is_token_major(x: Tensor) -> bool:
-    """Whether ``x [B, heads, N, d]`` keeps the heads of a token side by side, as a projection gives them."""
-    return x.shape[1] > 1 and x.stride(1) < x.stride(2)
-
-
-def empty_result(q: Tensor) -> Tensor:
-    """The uninitialised result ``[B, heads, N, d]``, dense, with the heads where ``q`` has them."""
-    batch, heads, tokens, width = q.shape
-    if is_token_major(q):
-        return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-    return q.new_empty(q.shape)
-
-
-def laid_out_as(q: Tensor, result: Tensor) -> Tensor:
-    """``result`` in the layout of :func:`empty_result`."""
-    if is_token_major(q):
-        return result.transpose(1, 2).contiguous().transpose(1, 2)
-    return result.contiguous()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd_kernels.gri_attention.geometry import Band, bands, covers, laid_out_as, pieces, tokens_of_cells
+from fastsd_kernels.gri_attention.geometry import Band, bands, covers, pieces, tokens_of_cells
+from fastsd_kernels.heads import laid_out_as
 
 
 def gri_attention(

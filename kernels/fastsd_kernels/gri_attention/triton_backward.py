@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from fastsd_kernels import triton_runtime
-from fastsd_kernels.gri_attention.geometry import covers, empty_result
-from fastsd_kernels.gri_attention.triton_impl import (
-    FEWEST,
-    Step,
-    cell_geometry,
-    cells_of,
-    in_vectors,
-    pooled,
-    uneven,
-    windows_of,
-)
+from fastsd_kernels.attention.triton_impl import FEWEST, in_vectors
+from fastsd_kernels.gri_attention.geometry import covers
+from fastsd_kernels.gri_attention.triton_impl import Step, cell_geometry, cells_of, pooled, uneven, windows_of
+from fastsd_kernels.heads import empty_heads
 from fastsd_kernels.triton_runtime import Launch, ceil_div, ceil_power_of_2
 
 if triton_runtime.triton is not None:
@@ -100,7 +93,7 @@ def steps(
 ) -> tuple[Gradients, list[Step]]:
     """The gradients, uninitialised, and what fills them in order; tensors may be on ``meta``."""
     d_gate = None if gate is None else torch.zeros_like(gate, memory_format=torch.contiguous_format)
-    dq, dk, dv = (empty_result(q) for _ in range(3))
+    dq, dk, dv = (empty_heads(q) for _ in range(3))
     if q.numel() == 0:
         return (dq, dk, dv, d_gate), []
     refusal = reject(q, k, v, grid, window, pool, interaction)

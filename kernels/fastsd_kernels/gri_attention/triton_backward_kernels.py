@@ -16,17 +16,13 @@ arguments are the same.
 import triton
 import triton.language as tl
 
+from fastsd_kernels.attention.triton_kernels import load_rows, nothing_yet, products, sequence, store_rows
 from fastsd_kernels.gri_attention.triton_kernels import (
     absorb_cells,
     absorb_window,
     cell_bias,
     corner,
-    load_rows,
-    nothing_yet,
     places,
-    products,
-    sequence,
-    store_rows,
     tokens,
 )
 

@@ -7,92 +7,27 @@ for what the pooled queries get from all tokens. A tensor is copied only where i
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels import triton_runtime
+from fastsd_kernels.attention.triton_impl import FEWEST, WIDEST, in_vectors, parts, tile
 from fastsd_kernels.cuda_runtime import MAX_BLOCKS
-from fastsd_kernels.gri_attention.geometry import cell_count, covers, empty_result
+from fastsd_kernels.gri_attention.geometry import cell_count, covers
+from fastsd_kernels.heads import empty_heads
 from fastsd_kernels.triton_runtime import Launch, ceil_div, ceil_power_of_2, unavailable
 
 if triton_runtime.triton is not None:
     from fastsd_kernels.gri_attention import triton_kernels as kernels
 
-__all__ = ["Step", "launches", "reject", "run", "tile", "unavailable"]
+__all__ = ["Step", "launches", "reject", "run", "unavailable"]
 
-# Nothing here was measured on a card: the choice is a guess that fits the registers and shared memory (see the gates)
-# Most queries of a program, and most keys of a step
-MOST_M, MOST_N = 64, 32
-# Elements of q that a program holds, and of k in a step
-MOST_Q_ELEMENTS, MOST_K_ELEMENTS = 64 * 160, 32 * 64
-# Steps under way at once
-STAGES = 3
-# The least that tensor cores multiply
-FEWEST = 16
 # Elements of a cell that one warp adds up at once
 POOLED_ELEMENTS = 1024
-WIDEST = 512
-# The widest access, in elements of one byte
-WIDEST_ACCESS = 16
-
 
 Step = Launch | functools.partial[None]
-
-
-class Parts(NamedTuple):
-    """The powers of two that a row is held in."""
-
-    main: int
-    rest: int | None
-
-    @property
-    def padded(self) -> int:
-        return self.main + (self.rest or 0)
-
-
-class Tile(NamedTuple):
-    """``block_m`` queries, and ``block_n`` keys a step."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    stages: int
-
-
-@functools.cache
-def parts(width: int) -> Parts:
-    """One power of two, or two where they pad less."""
-    whole = max(ceil_power_of_2(width), FEWEST)
-    main = whole // 2
-    if main < FEWEST or width <= main:
-        return Parts(whole, None)
-    rest = max(ceil_power_of_2(width - main), FEWEST)
-    return Parts(whole, None) if rest == main else Parts(main, rest)
-
-
-@functools.cache
-def tile(queries: int, keys: int, width: int, itemsize: int) -> Tile:
-    """The tile for windows of ``queries`` tokens, and at most ``keys`` keys of a kind."""
-    padded = parts(width).padded
-    most_m, most_n, q_elements, k_elements = MOST_M, MOST_N, MOST_Q_ELEMENTS, MOST_K_ELEMENTS
-    if itemsize == 4:
-        # no tensor cores: more threads for each product, and half the elements in the same bytes
-        most_m, most_n, q_elements, k_elements = most_m // 2, most_n // 2, q_elements // 2, k_elements // 2
-    block_m = max(min(ceil_power_of_2(queries), most_m), FEWEST)
-    while block_m > FEWEST and block_m * padded > q_elements:
-        block_m //= 2
-    block_n = max(min(ceil_power_of_2(keys), most_n), FEWEST)
-    while block_n > FEWEST and block_n * padded > k_elements:
-        block_n //= 2
-    if itemsize == 4:
-        return Tile(block_m, block_n, block_m // 4, 1)
-    # a warp has the sums of 16 queries in its registers, of half or a quarter of their width where that is too much
-    num_warps = block_m // FEWEST * (1 if padded <= 160 else 2 if padded <= 256 else 4)
-    # and shares the addresses of the keys with another
-    return Tile(block_m, block_n, max(num_warps, 1 if padded <= 96 else 2), STAGES)
 
 
 def launches(
@@ -111,7 +46,7 @@ def launches(
 
     Tensors may be on ``meta``.
     """
-    y = empty_result(q)
+    y = empty_heads(q)
     if y.numel() == 0:
         return y, ()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -163,16 +98,6 @@ def pooled(a: Tensor, b: Tensor, grid: Sequence[int], pool: Sequence[int]) -> tu
         *(pool[1] if columns > 1 else None, width, block_d, vector, block_t),
     )
     return a_cells, b_cells, [Launch(kernels.pool_cells, (batch * heads * cells,), args, 1)]
-
-
-def in_vectors(*tensors: Tensor) -> tuple[list[int], int]:
-    """The strides of batch, head and token, in units of as many elements as divide them all; and that many.
-
-    Triton knows of a stride whether 16 divides it, and nothing else: that of 40 elements would end wide accesses.
-    """
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
-    vector = math.gcd(WIDEST_ACCESS, *strides)
-    return [stride // vector for stride in strides], vector
 
 
 def windows_of(grid: Sequence[int], window: Sequence[int] | None) -> tuple[int, int, int, int]:

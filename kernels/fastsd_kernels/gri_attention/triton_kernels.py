@@ -1,13 +1,10 @@
 """The two Triton kernels of gri_attention: means over cells, and attention in the form of FlashAttention.
 
 A program of ``attend`` serves a tile of the queries of one window and one head. It walks in tiles over the keys of the
-window, then over the cells, and keeps for each query the largest score, the sum of the exponentials and the weighted
-sum of the values so far. Scores are in units of log2(e), so that 2 is the base of the exponentials.
+window, then over the cells, as attention's own kernel does over all keys.
 
 Windows are read where they are: a place in a window is a row and a column of the map, and so a token. Where windows are
 as wide as the map, their tokens follow each other.
-
-Rows of a width that is no power of two are held in two parts, 40 as 32 and 16: less is padded than by 64.
 """
 
 # Triton gives the arguments their types at the launch
@@ -16,8 +13,15 @@ Rows of a width that is no power of two are held in two parts, 40 as 32 and 16: 
 import triton
 import triton.language as tl
 
-# Below every score but -inf: where all so far are -inf, exponentials of differences are 0 and not NaN
-LOWEST = tl.constexpr(-3.4028234e38)
+from fastsd_kernels.attention.triton_kernels import (
+    absorb,
+    load_rows,
+    nothing_yet,
+    products,
+    sequence,
+    store_rows,
+    weighted_mean,
+)
 
 
 @triton.jit
@@ -55,69 +59,6 @@ def tokens(place, window, WINDOW_WIDTH: tl.constexpr):
 
 
 @triton.jit
-def sequence(ptr, batch, head, batch_stride, head_stride, VECTOR: tl.constexpr):
-    # 64 bits: a tensor may hold more than 2³¹ elements
-    return ptr + (batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride) * VECTOR
-
-
-@triton.jit
-def load_rows(
-    ptr,
-    row,
-    inside,
-    stride,
-    WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Rows as ``[len(row), MAIN]`` and ``[len(row), REST]`` or ``None``; 0 outside."""
-    row_ptrs = ptr + (row.to(tl.int64) * stride * VECTOR)[:, None]
-    column = tl.arange(0, MAIN)
-    main = tl.load(row_ptrs + column[None, :], mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
-    if REST is None:
-        return main, None
-    else:
-        column = MAIN + tl.arange(0, REST)
-        rest = tl.load(row_ptrs + column[None, :], mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
-        return main, rest
-
-
-@triton.jit
-def store_rows(
-    ptr,
-    row,
-    inside,
-    stride,
-    rows,
-    WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    main, rest = rows
-    row_ptrs = ptr + (row.to(tl.int64) * stride * VECTOR)[:, None]
-    column = tl.arange(0, MAIN)
-    mask = inside[:, None] & (column < WIDTH)[None, :]
-    tl.store(row_ptrs + column[None, :], main.to(ptr.dtype.element_ty), mask=mask)
-    if REST is not None:
-        column = MAIN + tl.arange(0, REST)
-        mask = inside[:, None] & (column < WIDTH)[None, :]
-        tl.store(row_ptrs + column[None, :], rest.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def products(a, b):
-    """Of the rows of ``a`` with those of ``b``, ``[len(a), len(b)]``; both as of ``load_rows``."""
-    a_main, a_rest = a
-    b_main, b_rest = b
-    result = tl.dot(a_main, tl.trans(b_main), input_precision="ieee")
-    if a_rest is not None:
-        result = tl.dot(a_rest, tl.trans(b_rest), result, input_precision="ieee")
-    return result
-
-
-@triton.jit
 def cell_bias(
     cell,
     cells,
@@ -146,35 +87,6 @@ def cell_bias(
             columns_inside = (column >= first_column) & (column + cell_width <= first_column + width)
             seen = seen & ~(rows_inside & columns_inside)
     return tl.where(seen, bias, float("-inf"))
-
-
-@triton.jit
-def nothing_yet(BLOCK_M: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
-    """Largest score, sum of exponentials, and weighted sum of values in two parts, of no keys."""
-    largest = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    main = tl.zeros([BLOCK_M, MAIN], tl.float32)
-    if REST is None:
-        return largest, total, main, None
-    else:
-        return largest, total, main, tl.zeros([BLOCK_M, REST], tl.float32)
-
-
-@triton.jit
-def absorb(state, scores, values):
-    """``state`` with the keys of these scores ``[BLOCK_M, BLOCK_N]`` and values."""
-    before, total, main, rest = state
-    v_main, v_rest = values
-    largest = tl.maximum(before, tl.max(scores, 1))
-    weights = tl.exp2(scores - largest[:, None])
-    shrink = tl.exp2(before - largest)
-    total = total * shrink + tl.sum(weights, 1)
-    weights = weights.to(v_main.dtype)
-    main = tl.dot(weights, v_main, main * shrink[:, None], input_precision="ieee")
-    if v_rest is None:
-        return largest, total, main, None
-    else:
-        return largest, total, main, tl.dot(weights, v_rest, rest * shrink[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -244,17 +156,6 @@ def absorb_cells(
         )
         state = absorb(state, products(q, k) * scale + bias[None, :], v)
     return state
-
-
-@triton.jit
-def weighted_mean(state, share):
-    """``share`` times the result of the keys so far, in two parts."""
-    _, total, main, rest = state
-    factor = (share / total)[:, None]
-    if rest is None:
-        return main * factor, None
-    else:
-        return main * factor, rest * factor
 
 
 @triton.jit
