@@ -202,7 +202,7 @@ def is_inference(conv: nn.Conv2d | nn.Linear | CondConv2d, x: Tensor, *others: A
         and x.dtype in DTYPES
         and (conv.bias is None or conv.bias.dtype == x.dtype)
         and not torch.is_autocast_enabled(x.device.type)
-        and not (torch.is_grad_enabled() and _wants_gradient(x, conv.weight, conv.bias, *others))
+        and not (torch.is_grad_enabled() and wants_gradient(x, conv.weight, conv.bias, *others))
     )
 
 
@@ -213,7 +213,8 @@ def _whole_padding(conv: nn.Conv2d | CondConv2d, padding: tuple[int, int, int, i
     return left + horizontal, right + horizontal, top + vertical, bottom + vertical
 
 
-def _wants_gradient(*values: Any) -> bool:
+def wants_gradient(*values: Any) -> bool:
+    """Whether something among ``values`` is a tensor that a gradient is taken to."""
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 

@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 from diffusers.models import attention as stock
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fastsd.gri import GRI, check_size
-from fastsd.nn.plain import is_overwritten, is_transformed, remember, why_not_plain
+from fastsd.nn.attention import Attention as FastAttention
+from fastsd.nn.attention import why_other_processor
+from fastsd.nn.plain import is_transformed, remember, why_not_plain
 from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd_kernels import gri_attention
 from fastsd_kernels.checks import DTYPES
 from fastsd_kernels.gri_attention import INTERACTIONS
 from fastsd_kernels.gri_attention.reference import gri_attention as plain_gri_attention
 
-_CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor) if not is_overwritten(cls, "__call__")}
 remember(Attention)
 
 
@@ -36,14 +37,13 @@ def why_stock(block: stock.BasicTransformerBlock) -> str | None:
     if block.pos_embed is not None:
         return "it embeds positions, expected a block that does not"
     attn = block.attn1
-    why_not = why_not_plain(block, "attn1", Attention)
+    is_fast = isinstance(attn, FastAttention)  # by an earlier patch
+    why_not = why_not_plain(block, "attn1", FastAttention if is_fast else Attention)
     if why_not is not None:
         return why_not
-    if type(attn.processor) not in _CALLS:
-        return f"the processor of attn1 is a {type(attn.processor).__qualname__}, expected diffusers' AttnProcessor2_0"
-    if type(attn.processor).__call__ is not _CALLS[type(attn.processor)]:
-        return f"{type(attn.processor).__qualname__}.__call__ has been overwritten"
-    return why_not_self_attention(attn)
+    if is_fast and active_settings(attn) is None:
+        return "Attention.forward has been overwritten"
+    return why_other_processor(attn) or why_not_self_attention(attn)
 
 
 def why_not_self_attention(attn: Attention) -> str | None:

@@ -10,6 +10,7 @@ from fastsd.nn.convolution import convolve, example_convolution, normalise
 from fastsd.nn.gri_attention import tell_grid
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings
+from fastsd.nn.tokens import as_map, as_tokens
 
 
 def why_stock(transformer: stock.Transformer2DModel) -> str | None:
@@ -46,9 +47,9 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
             return super()._operate_on_continuous_inputs(hidden_states)
         x = hidden_states.contiguous(memory_format=torch.channels_last)
         if self.use_linear_projection:
-            tokens = self.proj_in(_tokens(normalise(self, x, self.norm)))
+            tokens = self.proj_in(as_tokens(normalise(self, x, self.norm)))
         else:
-            tokens = _tokens(convolve(self, "proj_in", x, norm=self.norm))
+            tokens = as_tokens(convolve(self, "proj_in", x, norm=self.norm))
         # as stock: the blocks' channels where a convolution projects, the map's where a linear layer does
         return tokens, x.shape[1] if self.use_linear_projection else tokens.shape[2]
 
@@ -61,19 +62,9 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
             )
         size = (batch_size, height, width)
         if self.use_linear_projection:
-            return residual + _map(self.proj_out(hidden_states), size)
-        y = convolve(self, "proj_out", _map(hidden_states, size), residual=residual)
+            return residual + as_map(self.proj_out(hidden_states), size)
+        y = convolve(self, "proj_out", as_map(hidden_states, size), residual=residual)
         return y.contiguous() if residual.is_contiguous() else y
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, H·W, C]``."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _map(tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """``[B, H·W, C]`` to ``[B, C, H, W]``, channels last; ``size``: B, H, W."""
-    return tokens.reshape(*size, tokens.shape[2]).permute(0, 3, 1, 2)
 
 
 def example_calls(transformer: stock.Transformer2DModel) -> dict[str, tuple[Any, ...]]:

@@ -50,10 +50,10 @@ def survey(root: nn.Module, rules: Iterable[Rule], *, before_a_patch: bool = Fal
     A replacement that works only inside another one is refused where that is not there; ``before_a_patch``: where it
     will not be.
 
-    A module that is replaced already belongs to the rule that replaced it, unless ``rules`` has one for its stock
-    class. Modules inside one that a rule knows belong to it, but for the children that the rule passes on: of them,
-    only those with a rule of their own inside one that is refused are found. The root is never found: its class is
-    saved with the model.
+    A module that is replaced already belongs to the rule that replaced it, unless that is to change: before a patch
+    for which ``rules`` has one for its stock class. Modules inside one that a rule knows belong to it, but for the
+    children that the rule passes on: of them, only those with a rule of their own inside one that is refused are
+    found. The root is never found: its class is saved with the model.
     """
     by_target = {rule.target_class(): rule for rule in rules}
     seen = {id(root)}
@@ -67,6 +67,8 @@ def survey(root: nn.Module, rules: Iterable[Rule], *, before_a_patch: bool = Fal
             settings = settings_of(module)
             stock = type(module) if settings is None else settings.stock
             rule = _rule_of(by_target.get(stock), settings, root, path)
+            if settings is not None and not before_a_patch:
+                rule = settings.rule
             refusal = None
             if rule is not None:
                 refusal = _refusal(module, stock, rule) or _why_alone(

@@ -1,5 +1,6 @@
 """The rules that come with fastsd, one file per kind of module."""
 
+from fastsd.patching.rules.attention import ATTENTION
 from fastsd.patching.rules.autoencoder import VAE_DECODER, VAE_ENCODER
 from fastsd.patching.rules.feed_forward import FEED_FORWARD
 from fastsd.patching.rules.resampling import DOWNSAMPLE, UPSAMPLE
@@ -16,6 +17,7 @@ BUILT_IN = (
     UP_BLOCK,
     CROSS_ATTENTION_UP_BLOCK,
     TRANSFORMER,
+    ATTENTION,
     FEED_FORWARD,
     VAE_ENCODER,
     VAE_DECODER,

@@ -1,0 +1,128 @@
+"""diffusers' Attention on the op of the same name, between projections."""
+
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor as stock
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from fastsd.nn.convolution import normalise, wants_gradient
+from fastsd.nn.linear import example_projection, project
+from fastsd.nn.plain import is_idle, is_overwritten, remember, why_not_plain, why_stock_everywhere
+from fastsd.nn.replacement import Replacement, active_settings
+from fastsd.nn.tokens import as_map, as_tokens
+from fastsd_kernels import attention
+from fastsd_kernels.checks import DTYPES
+
+_CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor) if not is_overwritten(cls, "__call__")}
+
+
+def why_other_processor(attn: stock.Attention) -> str | None:
+    """Why what ``attn``'s processor computes is not known here, as a sentence; ``None`` where it is full attention."""
+    processor = attn.processor
+    if type(processor) not in _CALLS:
+        return f"its processor is a {type(processor).__qualname__}, expected diffusers' AttnProcessor2_0"
+    if type(processor).__call__ is not _CALLS[type(processor)]:
+        return f"{type(processor).__qualname__}.__call__ has been overwritten"
+    return None
+
+
+def is_plain_kind(attn: stock.Attention) -> bool:
+    """Whether ``attn`` is attention of tokens, or of a map, to themselves or to a text, and nothing else."""
+    return (
+        attn.spatial_norm is None
+        and attn.added_kv_proj_dim is None
+        and not attn.only_cross_attention
+        and attn.inner_kv_dim == attn.inner_dim
+    )
+
+
+def why_stock(attn: stock.Attention) -> str | None:
+    """Why ``attn`` has to run the stock forward, as a sentence; ``None`` where the fast one gives the same."""
+    if attn.group_norm is not None:
+        reason = why_not_plain(attn, "group_norm", nn.GroupNorm)
+        if reason is not None:
+            return reason
+    return why_other_processor(attn) or why_stock_everywhere()
+
+
+class Attention(Replacement, stock.Attention):
+    """``y = W_o concat_heads(softmax(q kᵀ / √d) v) + b_o`` with ``q = W_q x``, ``k, v = W_k c, W_v c``.
+
+    In inference on a CPU, without a mask; else as stock. Of a map ``x`` may be normed, and added to the result.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # x, [B, N, C] or [B, C, H, W]
+        encoder_hidden_states: Tensor | None = None,  # c, [B, M, C']; x where there is none
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:  # as x
+        settings, x = active_settings(self), hidden_states
+        is_map = x.dim() == 4
+        if (
+            settings is None
+            or attention_mask is not None
+            or args
+            or cross_attention_kwargs.keys() - {"temb"}  # which spatial norms alone read
+            or not (is_map or (x.dim() == 3 and self.group_norm is None))
+            or why_stock(self) is not None
+            or not _is_served(self, x, encoder_hidden_states)
+        ):
+            return stock.Attention.forward(
+                self, x, encoder_hidden_states, attention_mask, *args, **cross_attention_kwargs
+            )
+        tokens = x if self.group_norm is None else normalise(self, x, self.group_norm)
+        tokens = as_tokens(tokens) if is_map else tokens
+        context = tokens
+        if encoder_hidden_states is not None:
+            context = encoder_hidden_states
+            context = self.norm_encoder_hidden_states(context) if self.norm_cross else context
+        q, k, v = (
+            project(self, self, name, of).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, of in (("to_q", tokens), ("to_k", context), ("to_v", context))
+        )
+        q = q if self.norm_q is None else self.norm_q(q)
+        k = k if self.norm_k is None else self.norm_k(k)
+        scale = None if type(self.processor) is AttnProcessor2_0 else self.scale  # that one has no other than 1/√d
+        y = attention(q, k, v, scale=scale, backend=settings.backend).transpose(1, 2).flatten(2)
+        out: Any = self.to_out
+        y = project(self, out, "0", y)
+        y = y if is_idle(out, "1") else out[1](y)
+        if is_map:
+            y = as_map(y, (x.shape[0], *x.shape[2:]))
+        y = y + x if self.residual_connection else y
+        return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
+
+
+remember(Attention)
+
+
+def _is_served(attn: stock.Attention, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the op is to attend to the tokens ``x``, rather than torch.
+
+    On a CPU it is, where no gradient is wanted: for that the op would compute the scores again. On a GPU nobody has
+    measured it yet.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and all(t is None or t.dtype == torch.float32 for t in (x, *others, *attn.parameters()))
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and wants_gradient(x, *others, *attn.parameters()))
+    )
+
+
+def example_calls(attn: stock.Attention) -> dict[str, tuple[Any, ...]]:
+    """The ops that the module calls in inference, with arguments of its dtype and device."""
+    like = next((p for p in attn.parameters() if p.dtype in DTYPES), None)
+    if like is None:
+        return {}
+    with torch.no_grad():
+        if not _is_served(attn, like.new_empty((1, 8, attn.query_dim))):
+            return {}
+    q = like.new_empty((1, attn.heads, 64, attn.inner_dim // attn.heads))
+    return {"attention": (q, q, q, None, None)} | example_projection(attn, "to_q")

@@ -1,0 +1,153 @@
+"""Attention layers: the op between the projections, and stock where something else is asked for."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastsd
+from fastsd.nn.replacement import settings_of
+from fastsd_kernels.conv2d import cpu_speed
+from tests.patching.models import assert_as_stock, build, call
+
+LIKE = {"generator": torch.Generator().manual_seed(1)}
+X, TEXT = torch.randn(2, 30, 24, **LIKE), torch.randn(2, 7, 10, **LIKE)
+MAP = torch.randn(2, 24, 5, 6, **LIKE)
+OF_A_MAP = {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 1.5, "bias": True}
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.fastsd.attention.default
+        return function(*args, **(kwargs or {}))
+
+
+def op_calls(function):
+    with _Calls() as calls:
+        function()
+    return calls.count
+
+
+def layer(**changes):
+    torch.manual_seed(0)
+    given = {"query_dim": 24, "heads": 3, "dim_head": 8} | changes
+    return nn.ModuleList([Attention(**given)]).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("is_faster", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({}, (X,)),
+        ({"bias": True, "out_bias": False}, (X,)),
+        ({"cross_attention_dim": 10}, (X, TEXT)),
+        ({"cross_attention_dim": 10, "cross_attention_norm": "layer_norm"}, (X, TEXT)),
+        ({"qk_norm": "layer_norm"}, (X,)),
+        ({"heads": 1, "dim_head": 40}, (X.mT.contiguous().mT,)),
+        ({"residual_connection": True}, (X,)),
+        (OF_A_MAP, (MAP,)),
+        (OF_A_MAP, (MAP.contiguous(memory_format=torch.channels_last),)),
+        ({"processor": AttnProcessor(), "scale_qk": False}, (X,)),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_as_stock(changes, given, is_faster, monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
+    model = layer(**changes)
+    stock = model[0](*given)
+    fastsd.patch(model, strict=True)
+    assert op_calls(lambda: model[0](*given)) == 1
+    fast = model[0](*given)
+    torch.testing.assert_close(fast, stock, rtol=1e-5, atol=2e-6)
+    assert fast.stride() == stock.stride() or fast.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fastsd.unpatch(model)[0](*given), stock)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attn: attn.set_processor(SlicedAttnProcessor(1)),
+        lambda attn: attn.to_q.register_forward_hook(lambda module, args, y: 2 * y),
+        lambda attn: attn.to_out[0].register_forward_hook(lambda module, args, y: 2 * y),
+        lambda attn: setattr(attn, "to_v", nn.Sequential(attn.to_v, nn.Tanh())),
+        lambda attn: attn.register_forward_hook(lambda module, args, y: 2 * y),
+    ],
+)
+@torch.no_grad()
+def test_what_is_put_on_it_runs(change):
+    stock, model = layer(), fastsd.patch(layer())
+    change(stock[0])
+    change(model[0])
+    torch.testing.assert_close(model[0](X), stock[0](X), rtol=1e-5, atol=2e-6)
+
+
+@torch.no_grad()
+def test_masks_and_other_arguments_are_stock():
+    model = layer()
+    mask = torch.zeros(2, 1, 30)
+    mask[:, :, 20:] = -10000.0
+    expected = model[0](X, attention_mask=mask)
+    fastsd.patch(model)
+    assert op_calls(lambda: model[0](X, attention_mask=mask)) == 0
+    assert torch.equal(model[0](X, attention_mask=mask), expected)
+
+
+def test_gradients_are_stock():
+    model = fastsd.patch(layer().requires_grad_())
+    assert op_calls(lambda: model[0](X).sum().backward()) == 0
+    assert model[0].to_q.weight.grad is not None
+    frozen = fastsd.patch(layer())
+    assert op_calls(lambda: frozen[0](X)) == 1
+    assert op_calls(lambda: frozen[0](X.clone().requires_grad_())) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_other_dtypes_are_stock(dtype):
+    model = fastsd.patch(layer()).to(dtype)
+    assert torch.equal(model[0](X.to(dtype)), layer().to(dtype)[0](X.to(dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fastsd.patch(layer())[0](X), layer()[0](X))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"added_kv_proj_dim": 6, "only_cross_attention": True}, {"kv_heads": 1}, {"spatial_norm_dim": 4, "query_dim": 32}],
+    ids=str,
+)
+def test_other_kinds_are_left_alone(changes):
+    holder = nn.ModuleList([*layer(**changes), *layer()])
+    fastsd.patch(holder, strict=True)
+    assert settings_of(holder[0]) is None
+    assert settings_of(holder[1]) is not None
+
+
+def test_another_processor_is_refused():
+    model = layer()
+    model[0].set_processor(SlicedAttnProcessor(1))
+    with pytest.raises(fastsd.PatchError, match="its processor is a SlicedAttnProcessor, expected diffusers' Attn"):
+        fastsd.patch(model, strict=True)
+
+
+@torch.no_grad()
+def test_class_level_patches_run(monkeypatch):
+    model = fastsd.patch(layer())
+    original = AttnProcessor2_0.__call__
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", lambda *args, **kwargs: 3 * original(*args, **kwargs))
+    torch.testing.assert_close(model[0](X), layer()[0](X))
+
+
+@pytest.mark.parametrize(("name", "calls"), [("unet", 8), ("controlnet", 4), ("unet_2d_model", 4), ("vae", 2)])
+@torch.no_grad()
+def test_every_attention_of_a_model(name, calls):
+    model = build(name)
+    expected = call(model)
+    fastsd.patch(model, strict=True)
+    assert op_calls(lambda: call(model)) == calls
+    assert_as_stock(call(model), expected)
