@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastsd.gri import GRI, check_size
 from fastsd.nn.attention import Attention as FastAttention
 from fastsd.nn.attention import why_other_processor
+from fastsd.nn.linear import project
 from fastsd.nn.plain import is_transformed, remember, why_not_plain
 from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd_kernels import gri_attention
@@ -91,7 +92,7 @@ class BasicTransformerBlock(Replacement, stock.BasicTransformerBlock):
         more = dict(more or {})
         boxes = more.pop("gligen", None)
         gri = settings.rule.gri  # type: ignore[attr-defined]
-        x = x + self_attention(self.attn1, self.norm1(x), grid, settings.backend, **arguments(gri, grid))
+        x = x + self_attention(self, self.attn1, self.norm1(x), grid, settings.backend, **arguments(gri, grid))
         if boxes is not None:
             x = self.fuser(x, boxes["objs"])
         if self.attn2 is not None:
@@ -140,6 +141,7 @@ def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def self_attention(
+    owner: nn.Module,  # whose settings apply to the projections
     attn: Any,
     x: Tensor,  # [B, N, C]
     grid: tuple[int, int],
@@ -153,7 +155,8 @@ def self_attention(
 ) -> Tensor:  # [B, N, C]
     """What diffusers' processors compute for tokens, with GRI in place of full attention."""
     q, k, v = (
-        project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for project in (attn.to_q, attn.to_k, attn.to_v)
+        project(owner, attn, name, x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for name in ("to_q", "to_k", "to_v")
     )
     q = q if attn.norm_q is None else attn.norm_q(q)
     k = k if attn.norm_k is None else attn.norm_k(k)
@@ -164,8 +167,7 @@ def self_attention(
         choice: dict[str, Any] = {"interaction": interaction, "mask_own_window": mask_own_window, "gate": gate}
         y = gri_attention(q, k, v, grid=grid, window=window, pool=pool, **choice, scale=scale, backend=backend)
     y = y.transpose(1, 2).flatten(2).to(q.dtype)
-    for layer in attn.to_out:  # a projection and a dropout
-        y = layer(y)
+    y = attn.to_out[1](project(owner, attn.to_out, "0", y))  # a projection and a dropout
     y = y + x if attn.residual_connection else y
     return y / attn.rescale_output_factor
 
@@ -250,6 +252,7 @@ class GRIAttnProcessor(nn.Module):
             raise ValueError(f"grid: expected height and width of the map of {count} tokens, no square; got None")
         grid = self.grid or (side, side)
         return self_attention(
+            attn,
             attn,
             hidden_states,
             grid,

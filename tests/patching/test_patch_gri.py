@@ -17,9 +17,19 @@ import fastsd
 from fastsd.gri import highest_level, level_of
 from fastsd.models import example_inputs
 from fastsd.nn.replacement import Replacement
+from fastsd_kernels.conv2d import cpu_speed
 from fastsd_kernels.gri_attention import op
 from tests.patching.gri import LEVEL_0, MIDDLE, SMALL, approximate, gri_calls, ip_adapter, run, told, with_processors
-from tests.patching.models import TINY, assert_as_stock, assert_untouched, build, call, fingerprint, relative_error
+from tests.patching.models import (
+    TINY,
+    assert_as_stock,
+    assert_untouched,
+    build,
+    call,
+    fingerprint,
+    fused_convolutions,
+    relative_error,
+)
 
 
 @torch.no_grad()
@@ -481,3 +491,14 @@ def test_a_scale_of_its_own():
     given = told(5, 6)
     assert gri_calls(lambda: block(x, **given)) == 1
     assert_as_stock(block(x, **given), exact)
+
+
+@torch.no_grad()
+def test_projections_where_the_library_multiplies_faster(monkeypatch):
+    model = fastsd.patch(build(), gri=SMALL)
+    expected = call(model)
+    before = fused_convolutions(lambda: call(model))
+    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+    # of each of the three blocks those of both attentions and of the feed-forward layer, of the one without GRI too
+    assert fused_convolutions(lambda: call(model)) - before == 4 * (2 * 4 + 2)
+    assert_as_stock(call(model), expected)
