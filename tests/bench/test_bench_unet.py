@@ -191,7 +191,7 @@ def test_providers_share_weights_and_leave_the_model_as_it_is(tiny):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--providers", "eager,openvino"), ("openvino", "channels_last", "fastsd")),
+        (("--providers", "eager,tensorrt"), ("tensorrt", "channels_last", "fastsd")),
         (("--providers", "eager,cudagraph"), ("cudagraph", "CUDA device")),
         (("--model", "sd99"), ("sd99", "sd15", "vae-sd")),
     ],
