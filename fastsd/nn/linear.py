@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import is_inference
-from fastsd.nn.plain import why_not_plain
+from fastsd.nn.plain import is_transformed, why_not_plain
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import conv2d
 from fastsd_kernels.conv2d import cpu_impl, cpu_speed
@@ -40,6 +40,7 @@ def is_fused(holder: nn.Module, name: str, x: Tensor) -> bool:
         and x.shape[2] == layer.in_features
         and x.numel() > 0
         and is_inference(layer, x)
+        and not is_transformed()
         # torch has instructions for less precision that the op does not use
         and (torch.compiler.is_compiling() or cpu_impl.is_plain_float32())
     )

@@ -66,9 +66,10 @@ def survey(root: nn.Module, rules: Iterable[Rule], *, before_a_patch: bool = Fal
             seen.add(id(module))
             settings = settings_of(module)
             stock = type(module) if settings is None else settings.stock
-            rule = _rule_of(by_target.get(stock), settings, root, path)
             if settings is not None and not before_a_patch:
-                rule = settings.rule
+                rule: Rule | None = settings.rule
+            else:
+                rule = _rule_of(by_target.get(stock), settings, root, path)
             refusal = None
             if rule is not None:
                 refusal = _refusal(module, stock, rule) or _why_alone(

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import fastsd
+from fastsd.nn.gri_attention import arguments, self_attention
+from fastsd_kernels.conv2d import cpu_speed
 from tests.patching.gri import LEVEL_0, SMALL, approximate, gri_calls, run, told, with_processors
 from tests.patching.models import TINY, assert_as_stock, assert_untouched, build, call, fingerprint, relative_error
 
@@ -211,6 +213,19 @@ def test_transforms_change_nothing():
     x.requires_grad_()
     (expected,) = torch.autograd.grad(loss(x), x)
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+
+
+def test_forward_mode_where_the_library_multiplies_faster(monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+    block = fastsd.patch(build(), gri=SMALL).requires_grad_(False).get_submodule(LEVEL_0[0])
+    x = torch.randn(1, 256, 4)
+
+    def loss(x):
+        return self_attention(block, block.attn1, x, (16, 16), **arguments(SMALL, (16, 16))).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    _, slope = torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(slope, gradient.sum(), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
