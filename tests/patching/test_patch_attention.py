@@ -43,18 +43,17 @@ def layer(**changes):
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
-        ({}, (X,)),
-        ({"bias": True, "out_bias": False}, (X,)),
-        ({"cross_attention_dim": 10}, (X, TEXT)),
-        ({"cross_attention_dim": 10, "cross_attention_norm": "layer_norm"}, (X, TEXT)),
-        ({"qk_norm": "layer_norm"}, (X,)),
-        ({"heads": 1, "dim_head": 40}, (X.mT.contiguous().mT,)),
-        ({"residual_connection": True}, (X,)),
-        (OF_A_MAP, (MAP,)),
-        (OF_A_MAP, (MAP.contiguous(memory_format=torch.channels_last),)),
-        ({"processor": AttnProcessor(), "scale_qk": False}, (X,)),
+        pytest.param({}, (X,), id="plain"),
+        pytest.param({"bias": True, "out_bias": False}, (X,), id="bias"),
+        pytest.param({"cross_attention_dim": 10}, (X, TEXT), id="cross"),
+        pytest.param({"cross_attention_dim": 10, "cross_attention_norm": "layer_norm"}, (X, TEXT), id="cross_norm"),
+        pytest.param({"qk_norm": "layer_norm"}, (X,), id="qk_norm"),
+        pytest.param({"heads": 1, "dim_head": 40}, (X.mT.contiguous().mT,), id="transposed"),
+        pytest.param({"residual_connection": True}, (X,), id="residual"),
+        pytest.param(OF_A_MAP, (MAP,), id="map"),
+        pytest.param(OF_A_MAP, (MAP.contiguous(memory_format=torch.channels_last),), id="channels_last"),
+        pytest.param({"processor": AttnProcessor(), "scale_qk": False}, (X,), id="unscaled"),
     ],
-    ids=str,
 )
 @torch.no_grad()
 def test_as_stock(changes, given, is_faster, monkeypatch):
