@@ -8,9 +8,6 @@
 
 namespace fastsd {
 
-// So much of a panel's depth is multiplied with at a time: what stays in a core's own cache.
-constexpr int64_t kPanelDepth = 2560;
-
 // One source of input channels, NHWC.
 template <typename T>
 struct Channels {

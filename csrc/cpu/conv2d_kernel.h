@@ -1,7 +1,9 @@
 // The vectorised loops of conv2d, compiled once per instruction set by foreach_isa.h.
 
-#include "silu_kernel.h"
 #include "vector_kernel.h"
+
+#include "product_kernel.h"
+#include "silu_kernel.h"
 
 // N channels of a pixel, from the c-th on; N is a constant, or the loop's set-up would cost more than its body.
 template <int N, bool silu, typename T>
@@ -83,122 +85,6 @@ static void transform_input(const float* pixels, int64_t row, int64_t pixel, int
         for (int j = 0; j < N; ++j) write(to + (i * N + j) * per_frequency, y[j]);
       }
     }
-}
-
-// out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers.
-template <int R>
-static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const float* b, float* out, int64_t out_row,
-                          bool add) {
-  for (int s = 0; s < kPanel; s += 2 * kLanes) {
-    Vector sum[R][2] = {};
-    if (add)
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < 2; ++v) read(out + r * out_row + s + v * kLanes, sum[r][v]);
-    for (int64_t k = 0; k < depth; ++k) {
-      Vector left, right;
-      read(b + k * kPanel + s, left);
-      read(b + k * kPanel + s + kLanes, right);
-      for (int r = 0; r < R; ++r) {
-        const float value = a[r * a_row + k];
-        sum[r][0] += value * left;
-        sum[r][1] += value * right;
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < 2; ++v) write(out + r * out_row + s + v * kLanes, sum[r][v]);
-  }
-}
-
-// As many rows at a time as the registers hold; the rows are spread evenly, so that none is left for a slow last step.
-static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                           int64_t out_row, bool add) {
-  constexpr int most = FASTSD_VECTORS == 32 ? 12 : 6;
-  const int64_t steps = (rows + most - 1) / most;
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t first = step * rows / steps, n = (step + 1) * rows / steps - first;
-    const float* from = a + first * a_row;
-    float* to = out + first * out_row;
-    switch (n) {
-#define FASTSD_ROWS(R)                                         \
-  case R:                                                      \
-    multiply_rows<R>(from, depth, a_row, b, to, out_row, add); \
-    break;
-      FASTSD_ROWS(1)
-      FASTSD_ROWS(2)
-      FASTSD_ROWS(3)
-      FASTSD_ROWS(4)
-      FASTSD_ROWS(5)
-      FASTSD_ROWS(6)
-#if FASTSD_VECTORS == 32
-      FASTSD_ROWS(7)
-      FASTSD_ROWS(8)
-      FASTSD_ROWS(9)
-      FASTSD_ROWS(10)
-      FASTSD_ROWS(11)
-      FASTSD_ROWS(12)
-#endif
-#undef FASTSD_ROWS
-    }
-  }
-}
-
-// out[rows, kPanel] = a[rows, depth] b[depth, kPanel], so much of the depth at a time that b's part stays in the cache.
-static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                     int64_t out_row) {
-  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
-    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, step > 0);
-  }
-}
-
-// Swaps the elements of a and b whose places differ by S: one step of a transposition.
-template <int S>
-static inline __attribute__((always_inline)) void exchange(Vector& a, Vector& b) {
-  typedef int Places __attribute__((vector_size(4 * FASTSD_LANES)));
-  Vector x = a, y = b;
-#if defined(__clang__)
-  for (int i = 0; i < kLanes; ++i) {
-    a[i] = i & S ? y[i - S] : x[i];
-    b[i] = i & S ? y[i] : x[i + S];
-  }
-#else
-  Places of_a, of_b;
-  for (int i = 0; i < kLanes; ++i) {
-    of_a[i] = i & S ? kLanes + i - S : i;
-    of_b[i] = i & S ? kLanes + i : i + S;
-  }
-  a = __builtin_shuffle(x, y, of_a);
-  b = __builtin_shuffle(x, y, of_b);
-#endif
-}
-
-template <int S>
-static inline __attribute__((always_inline)) void exchange_all(Vector* v) {
-  if constexpr (S < kLanes) {
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & S)) exchange<S>(v[i], v[i + S]);
-    exchange_all<2 * S>(v);
-  }
-}
-
-// to[depth, kPanel] from as many rows [depth] of weights; the columns past the last are zero.
-template <typename T>
-static void pack_panel(const T* rows, int64_t count, int64_t per_row, int64_t depth, float* to) {
-  int64_t d = 0;
-  for (; count == kPanel && d + kLanes <= depth; d += kLanes)
-    for (int64_t k = 0; k < kPanel; k += kLanes) {
-      Vector block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        float row[kLanes];
-        for (int j = 0; j < kLanes; ++j) row[j] = load(rows + (k + i) * per_row + d + j);
-        read(row, block[i]);
-      }
-      exchange_all<1>(block);
-      for (int i = 0; i < kLanes; ++i) write(to + (d + i) * kPanel + k, block[i]);
-    }
-  for (; d < depth; ++d)
-    for (int64_t k = 0; k < kPanel; ++k) to[d * kPanel + k] = k < count ? load(rows + k * per_row + d) : 0.0f;
 }
 
 // multiply() by weights that are not packed: rows of b, of which there are `count`. scratch: kPanelDepth * kPanel.

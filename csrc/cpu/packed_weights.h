@@ -6,11 +6,9 @@
 #include <stdexcept>
 
 #include "host.h"
+#include "product.h"
 
 namespace fastsd {
-
-// Columns of the packed weights that lie side by side: whole vectors of every instruction set.
-constexpr int64_t kPanel = 32;
 
 // The matrices of an algorithm. Tiles are m times m pixels of the result: for m = 1 each is one product with all
 // weights that reach it, for m = 2 and 4 a product per frequency of Winograd's.

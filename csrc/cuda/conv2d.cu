@@ -21,16 +21,14 @@
 // of a warp; STEP, 16 or 32; MOMENTS, 1 to note those of y, which then has no residual and no scale, and comes from one
 // launch.
 #include "moments.cuh"
+#include "product.cuh"
 
 using namespace fastsd;
 
 namespace {
 
-using T = DTYPE;
 using P = PARAMETER_DTYPE;
 
-constexpr int kColumn = 8;  // channels that lie together in shared memory, 16 bytes
-constexpr int kColumns = STEP / kColumn;
 constexpr int kTaps = KERNEL_SIZE * KERNEL_SIZE;
 constexpr int kHaloHeight = (TILE_H - 1) * STRIDE + KERNEL_SIZE;
 constexpr int kHaloWidth = (TILE_W - 1) * STRIDE + KERNEL_SIZE;
@@ -52,44 +50,13 @@ constexpr int kReduceThreads = 256;
 static_assert(TILE_H * TILE_W % kWarpPositions == 0 && TILE_K % WARP_K == 0 && WARP_K % 16 == 0,
               "a warp computes whole fragments");
 static_assert(TILE_W % kPatchWidth == 0 && TILE_H % kPatchHeight == 0, "patches tile the map");
-static_assert(STEP == 16 || STEP == 32 || STEP == 64, "the columns of a row are permuted by their bits");
 
 __device__ int padded(int channels) {
   return (channels + kColumn - 1) / kColumn * kColumn;
 }
 
-// Where in shared memory 8 channels of a row of STEP start. Columns are permuted from row to row, so that 8 rows in
-// succession have the same column in 8 different groups of banks.
-__device__ int element(int row, int column) {
-  return (row * kColumns + (column ^ row / (8 / kColumns) % kColumns)) * kColumn;
-}
-
 __device__ float parameter(const P* values, i64 index, float otherwise) {
   return values == nullptr ? otherwise : to_float(values[index]);
-}
-
-// As load() and store(), of floats, in accesses of up to 16 bytes.
-template <int kCount>
-__device__ void load_floats(const float* from, float* to) {
-  constexpr int kPiece = kCount < 4 ? kCount : 4;
-#pragma unroll
-  for (int first = 0; first < kCount; first += kPiece) {
-    float piece[kPiece];
-    load(from + first, piece);
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) to[first + i] = piece[i];
-  }
-}
-template <int kCount>
-__device__ void store_floats(float* to, const float* from) {
-  constexpr int kPiece = kCount < 4 ? kCount : 4;
-#pragma unroll
-  for (int first = 0; first < kCount; first += kPiece) {
-    float piece[kPiece];
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) piece[i] = from[first + i];
-    store(to + first, piece);
-  }
 }
 
 // ---- input
@@ -418,25 +385,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
       cp_async_commit();
 
       const int shift = tap / KERNEL_SIZE * kHaloWidth + tap % KERNEL_SIZE;
+      int shifted[kWarpPositions / 16];
 #pragma unroll
-      for (int column = 0; column < kColumns; column += 2) {
-        u32 a[kWarpPositions / 16][4];
-#pragma unroll
-        for (int i = 0; i < kWarpPositions / 16; ++i) {
-          ldmatrix_x4(a[i], u + element(places[i] + shift, column + lane / 16));
-        }
-#pragma unroll
-        for (int j = 0; j < WARP_K / 16; ++j) {
-          u32 b[4];
-          ldmatrix_x4(b, w + element(row_of_b + j * 16, column + lane / 8 % 2));
-          const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-          for (int i = 0; i < kWarpPositions / 16; ++i) {
-            mma_m16n8k16<T>(sum[i][2 * j], a[i], low);
-            mma_m16n8k16<T>(sum[i][2 * j + 1], a[i], high);
-          }
-        }
-      }
+      for (int i = 0; i < kWarpPositions / 16; ++i) shifted[i] = places[i] + shift;
+      multiply_step(u, shifted, w, row_of_b, sum);
     }
   }
 
@@ -470,12 +422,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
 #pragma unroll
   for (int i = 0; i < kWarpPositions / 16; ++i) {
     __syncwarp();
-#pragma unroll
-    for (int j = 0; j < WARP_K / 8; ++j) {
-      float* to = scratch + lane / 4 * kScratchRow + j * 8 + lane % 4 * 2;
-      store_floats<2>(to, sum[i][j]);
-      store_floats<2>(to + 8 * kScratchRow, sum[i][j] + 2);
-    }
+    store_rows<kScratchRow>(scratch, sum[i]);
     __syncwarp();
     constexpr int kVectors = WARP_K / OUT_VECTOR;
 #pragma unroll 1
@@ -486,9 +433,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
       if (row >= out_height || column >= out_width || k >= channels_of_y) continue;
       const i64 position = (sample * out_height + row) * out_width + column;
       float of_row[OUT_VECTOR];
-      load_floats<OUT_VECTOR>(scratch + item / kVectors * kScratchRow + k_of_warp, of_row);
+      load_pieces<OUT_VECTOR>(scratch + item / kVectors * kScratchRow + k_of_warp, of_row);
       if (!MOMENTS && workspace != nullptr) {
-        store_floats<OUT_VECTOR>(workspace + (split * positions + position) * workspace_row + k, of_row);
+        store_pieces<OUT_VECTOR>(workspace + (split * positions + position) * workspace_row + k, of_row);
       } else {
         write(of_row, offsets + warp_k + k_of_warp, residual, output_scale, y, position * out_channels + k);
       }
@@ -508,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(kReduceThreads)
 #pragma unroll 1
   for (i64 split = 0; split < splits; ++split) {
     float more[OUT_VECTOR];
-    load_floats<OUT_VECTOR>(workspace + (split * batch * space + position) * row + k, more);
+    load_pieces<OUT_VECTOR>(workspace + (split * batch * space + position) * row + k, more);
 #pragma unroll
     for (int v = 0; v < OUT_VECTOR; ++v) sum[v] += more[v];
   }

@@ -1,5 +1,6 @@
 """diffusers' Attention on the op of the same name, between projections."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import normalise, wants_gradient
-from fastsd.nn.linear import example_projection, project
+from fastsd.nn.linear import example_projection, is_fused, project
 from fastsd.nn.plain import is_idle, is_overwritten, remember, why_not_plain, why_stock_everywhere
-from fastsd.nn.replacement import Replacement, active_settings
+from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd.nn.tokens import as_map, as_tokens
 from fastsd_kernels import attention
 from fastsd_kernels.checks import DTYPES
@@ -61,37 +62,20 @@ class Attention(Replacement, stock.Attention):
         *args: Any,
         **cross_attention_kwargs: Any,
     ) -> Tensor:  # as x
-        settings, x = active_settings(self), hidden_states
+        x = hidden_states
         is_map = x.dim() == 4
         if (
-            settings is None
-            or attention_mask is not None
+            attention_mask is not None
             or args
             or cross_attention_kwargs.keys() - {"temb"}  # which spatial norms alone read
             or not (is_map or (x.dim() == 3 and self.group_norm is None))
-            or why_stock(self) is not None
-            or not _is_served(self, x, encoder_hidden_states)
+            or not is_fast(self, x, encoder_hidden_states)
         ):
             return stock.Attention.forward(
                 self, x, encoder_hidden_states, attention_mask, *args, **cross_attention_kwargs
             )
         tokens = x if self.group_norm is None else normalise(self, x, self.group_norm)
-        tokens = as_tokens(tokens) if is_map else tokens
-        context = tokens
-        if encoder_hidden_states is not None:
-            context = encoder_hidden_states
-            context = self.norm_encoder_hidden_states(context) if self.norm_cross else context
-        q, k, v = (
-            project(self, self, name, of).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for name, of in (("to_q", tokens), ("to_k", context), ("to_v", context))
-        )
-        q = q if self.norm_q is None else self.norm_q(q)
-        k = k if self.norm_k is None else self.norm_k(k)
-        scale = None if type(self.processor) is AttnProcessor2_0 else self.scale  # that one has no other than 1/√d
-        y = attention(q, k, v, scale=scale, backend=settings.backend).transpose(1, 2).flatten(2)
-        out: Any = self.to_out
-        y = project(self, out, "0", y)
-        y = y if is_idle(out, "1") else out[1](y)
+        y = attend(self, self, full_attention, as_tokens(tokens) if is_map else tokens, encoder_hidden_states)
         if is_map:
             y = as_map(y, (x.shape[0], *x.shape[2:]))
         y = y + x if self.residual_connection else y
@@ -99,6 +83,63 @@ class Attention(Replacement, stock.Attention):
 
 
 remember(Attention)
+
+
+def is_fast(attn: stock.Attention, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a replaced ``attn`` is to attend to ``x`` by the op, as far as it is seen from what goes into it."""
+    return active_settings(attn) is not None and why_stock(attn) is None and _is_served(attn, x, *others)
+
+
+Core = Callable[[Tensor, Tensor, Tensor, float | None, str | None], Tensor]
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None) -> Tensor:
+    """The op, as :func:`attend` calls what stands between projections."""
+    return attention(q, k, v, scale=scale, backend=backend)
+
+
+def attend(
+    owner: nn.Module,
+    attn: Any,
+    core: Core,
+    x: Tensor,  # [B, N, C]
+    encoder_hidden_states: Tensor | None = None,  # [B, M, C']
+    *,
+    norm: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,  # [B, N, C]
+) -> Tensor:  # [B, N, C]
+    """Projections, ``core`` between them on tokens in heads, and the sum with ``residual``.
+
+    Args:
+        owner: the replaced module whose settings apply.
+        attn: what has the projections.
+        core: of q, k and v, ``[B, heads, N, d]``, the scale, ``None`` for 1/√d, and the backend.
+        norm: of x, a plain one.
+    """
+    settings = settings_of(owner)
+    own = ("to_q",) if encoder_hidden_states is not None else ("to_q", "to_k", "to_v")
+    if norm is not None and not all(is_fused(owner, attn, name, x, norm) for name in own):
+        x, norm = norm(x), None
+    if encoder_hidden_states is None:
+        q, k, v = (project(owner, attn, name, x, norm=norm) for name in own)
+    else:
+        context = attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
+        q = project(owner, attn, "to_q", x, norm=norm)
+        k, v = (project(owner, attn, name, context) for name in ("to_k", "to_v"))
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q = q if attn.norm_q is None else attn.norm_q(q)
+    k = k if attn.norm_k is None else attn.norm_k(k)
+    scale = None if type(attn.processor) is AttnProcessor2_0 else attn.scale  # that one has no other than 1/√d
+    y = core(q, k, v, scale, None if settings is None else settings.backend).transpose(1, 2).flatten(2).to(q.dtype)
+    if is_idle(attn.to_out, "1"):
+        return project(owner, attn.to_out, "0", y, residual=residual)
+    y = attn.to_out[1](project(owner, attn.to_out, "0", y))
+    return y if residual is None else y + residual
+
+
+def is_plain_end(attn: stock.Attention) -> bool:
+    """Whether ``attn`` gives what :func:`attend` does, and adds and scales nothing of its own."""
+    return not attn.residual_connection and attn.rescale_output_factor == 1
 
 
 def _is_served(attn: stock.Attention, x: Tensor, *others: Tensor | None) -> bool:

@@ -9,11 +9,12 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fastsd.gri import GRI, check_size
+from fastsd.nn import transformer_block
 from fastsd.nn.attention import Attention as FastAttention
-from fastsd.nn.attention import why_other_processor
-from fastsd.nn.linear import project
-from fastsd.nn.plain import is_transformed, remember, why_not_plain
-from fastsd.nn.replacement import Replacement, active_settings, settings_of
+from fastsd.nn.attention import Core, attend, is_plain_end, why_other_processor
+from fastsd.nn.plain import is_transformed, remember, why_not_plain, why_stock_everywhere
+from fastsd.nn.replacement import active_settings, settings_of
+from fastsd.nn.transformer_block import why_another_kind
 from fastsd_kernels import gri_attention
 from fastsd_kernels.checks import DTYPES
 from fastsd_kernels.gri_attention import INTERACTIONS
@@ -33,10 +34,9 @@ class ToldKwargs(dict[str, Any]):
 
 def why_stock(block: stock.BasicTransformerBlock) -> str | None:
     """Why ``block`` has to run the stock forward, full attention, as a sentence; ``None`` where GRI takes its place."""
-    if block.norm_type != "layer_norm":
-        return f"its norms are {block.norm_type}, expected layer_norm"
-    if block.pos_embed is not None:
-        return "it embeds positions, expected a block that does not"
+    another = why_another_kind(block)
+    if another is not None:
+        return another
     attn = block.attn1
     is_fast = isinstance(attn, FastAttention)  # by an earlier patch
     why_not = why_not_plain(block, "attn1", FastAttention if is_fast else Attention)
@@ -56,56 +56,36 @@ def why_not_self_attention(attn: Attention) -> str | None:
     return None
 
 
-class BasicTransformerBlock(Replacement, stock.BasicTransformerBlock):
+class BasicTransformerBlock(transformer_block.BasicTransformerBlock):
     """``x += gri(norm1(x)); x += attn2(norm2(x), text); x += ff(norm3(x))``.
 
-    Projections, norms, cross-attention and feed-forward layer are called. A block that is not told the size of the map
-    runs full attention.
+    A block that is not told the size of the map, or is given a mask, runs full attention.
     """
 
-    def forward(
+    def _why_stock(self) -> str | None:
+        # a transform changes nothing: the definition runs
+        return why_another_kind(self)
+
+    def _add_self_attention(
         self,
-        hidden_states: Tensor,  # [B, N, C]
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:  # [B, N, C]
-        more, grid = cross_attention_kwargs, getattr(cross_attention_kwargs, "grid", None)
-        settings, x = active_settings(self), hidden_states
+        x: Tensor,
+        context: Tensor | None,
+        attention_mask: Tensor | None,
+        more: dict[str, Any],
+        told: dict[str, Any] | None,
+    ) -> Tensor:
+        settings, grid = settings_of(self), getattr(told, "grid", None)
+        if settings is None or grid is None or attention_mask is not None or why_stock(self) is not None:
+            return super()._add_self_attention(x, context, attention_mask, more, told)
+        norm: Any = self.norm1
+        given = arguments(settings.rule.gri, grid)  # type: ignore[attr-defined]
         if (
-            args
-            or kwargs
-            or settings is None
-            or grid is None
-            or attention_mask is not None
-            or (more or {}).get("scale") is not None
-            or x.dim() != 3
-            or why_stock(self) is not None
+            is_plain_end(self.attn1)
+            and why_not_plain(self, "norm1", nn.LayerNorm) is None
+            and why_stock_everywhere() is None
         ):
-            given: Any = (attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, more, class_labels)
-            return stock.BasicTransformerBlock.forward(self, x, *given, *args, **kwargs)
-        more = dict(more or {})
-        boxes = more.pop("gligen", None)
-        gri = settings.rule.gri  # type: ignore[attr-defined]
-        x = x + self_attention(self, self.attn1, self.norm1(x), grid, settings.backend, **arguments(gri, grid))
-        if boxes is not None:
-            x = self.fuser(x, boxes["objs"])
-        if self.attn2 is not None:
-            x = x + self.attn2(
-                self.norm2(x),
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=encoder_attention_mask,
-                **more,
-            )
-        z = self.norm3(x)
-        if self._chunk_size is not None:
-            return x + stock._chunked_feed_forward(self.ff, z, self._chunk_dim, self._chunk_size)
-        return x + self.ff(z)
+            return attend(self, self.attn1, _core(grid, **given), x, norm=norm, residual=x)
+        return self_attention(self, self.attn1, norm(x), grid, **given) + x
 
 
 def tell_grid(
@@ -141,35 +121,34 @@ def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def self_attention(
-    owner: nn.Module,  # whose settings apply to the projections
+    owner: nn.Module,  # whose settings apply
     attn: Any,
     x: Tensor,  # [B, N, C]
     grid: tuple[int, int],
-    backend: str | None = None,
+    **given: Any,
+) -> Tensor:  # [B, N, C]
+    """What diffusers' processors compute for tokens, with GRI in place of full attention."""
+    y = attend(owner, attn, _core(grid, **given), x)
+    y = y + x if attn.residual_connection else y
+    return y / attn.rescale_output_factor
+
+
+def _core(
+    grid: tuple[int, int],
     *,
     window: tuple[int, int] | None,
     pool: tuple[int, int] | None,
     interaction: str,
     mask_own_window: bool,
     gate: Tensor | None = None,
-) -> Tensor:  # [B, N, C]
-    """What diffusers' processors compute for tokens, with GRI in place of full attention."""
-    q, k, v = (
-        project(owner, attn, name, x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        for name in ("to_q", "to_k", "to_v")
-    )
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
-    scale = None if type(attn.processor) is AttnProcessor2_0 else attn.scale  # that one has no other than 1/√d
-    if is_transformed():
-        y = plain_gri_attention(q, k, v, grid, window, pool, interaction, mask_own_window, gate, scale)
-    else:
+) -> Core:
+    def core(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None) -> Tensor:
+        if is_transformed():
+            return plain_gri_attention(q, k, v, grid, window, pool, interaction, mask_own_window, gate, scale)
         choice: dict[str, Any] = {"interaction": interaction, "mask_own_window": mask_own_window, "gate": gate}
-        y = gri_attention(q, k, v, grid=grid, window=window, pool=pool, **choice, scale=scale, backend=backend)
-    y = y.transpose(1, 2).flatten(2).to(q.dtype)
-    y = attn.to_out[1](project(owner, attn.to_out, "0", y))  # a projection and a dropout
-    y = y + x if attn.residual_connection else y
-    return y / attn.rescale_output_factor
+        return gri_attention(q, k, v, grid=grid, window=window, pool=pool, **choice, scale=scale, backend=backend)
+
+    return core
 
 
 def example_calls(block: stock.BasicTransformerBlock, gri: GRI) -> dict[str, tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""A linear layer of a replaced module, as a 1×1 convolution where that is faster."""
+"""A linear layer of a replaced module with what surrounds it: as one op where that is faster, else part by part."""
 
 from typing import Any
 
@@ -8,29 +8,66 @@ from torch import Tensor, nn
 from fastsd.nn.convolution import is_inference
 from fastsd.nn.plain import is_transformed, why_not_plain
 from fastsd.nn.replacement import settings_of
-from fastsd_kernels import conv2d
-from fastsd_kernels.conv2d import cpu_impl, cpu_speed
+from fastsd_kernels import linear
+from fastsd_kernels.conv2d import cpu_impl
+from fastsd_kernels.linear import cpu_speed
 
 
-def project(owner: nn.Module, holder: nn.Module, name: str, x: Tensor) -> Tensor:
-    """``holder.<name>(x)``, a linear layer.
+def project(
+    owner: nn.Module,
+    holder: nn.Module,
+    name: str,
+    x: Tensor,
+    *,
+    norm: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``holder.<name>(norm(x)) + residual``, a linear layer, and what may be left out.
 
     Args:
         owner: the replaced module whose settings apply.
         holder: what has the layer as an attribute.
         x: ``[B, N, C]``.
+        norm: a plain one.
+        residual: ``[B, N, C']``.
     """
-    settings, layer = settings_of(owner), getattr(holder, name)
-    if settings is None or not is_fused(holder, name, x):
-        return layer(x)
-    # tokens are a channels-last map of one row
-    y = conv2d(*_as_convolution(layer, x.contiguous()), backend=settings.backend)
-    return y.squeeze(2).transpose(1, 2)
+    if not is_fused(owner, holder, name, x, norm, residual):
+        y = getattr(holder, name)(x if norm is None else norm(x))
+        return y if residual is None else y + residual
+    return fused(owner, getattr(holder, name), x, norm, residual=residual)
 
 
-def is_fused(holder: nn.Module, name: str, x: Tensor) -> bool:
-    """Whether ``holder.<name>`` on ``x`` is computed by the op."""
+def fused(
+    owner: nn.Module, layer: nn.Linear, x: Tensor, norm: nn.LayerNorm | None = None, **surroundings: Any
+) -> Tensor:
+    """The op, for what :func:`is_fused`."""
+    settings = settings_of(owner)
+    assert settings is not None  # is_fused says so
+    return linear(x, layer.weight, layer.bias, **norm_arguments(norm), **surroundings, backend=settings.backend)
+
+
+def norm_arguments(norm: nn.LayerNorm | None) -> dict[str, Any]:
+    """The op's arguments for a norm, or for none."""
+    return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+
+
+def is_fused(
+    owner: nn.Module,
+    holder: nn.Module,
+    name: str,
+    x: Tensor,
+    norm: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+) -> bool:
+    """Whether ``holder.<name>`` on ``x``, with norm and residual, is computed by the op."""
+    return settings_of(owner) is not None and _is_served(holder, name, x, norm, residual)
+
+
+def _is_served(
+    holder: nn.Module, name: str, x: Tensor, norm: nn.LayerNorm | None = None, residual: Tensor | None = None
+) -> bool:
     layer = getattr(holder, name)
+    parameters = () if norm is None else (norm.weight, norm.bias)
     return (
         x.device.type == "cpu"
         and cpu_speed.is_faster()
@@ -39,18 +76,16 @@ def is_fused(holder: nn.Module, name: str, x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.shape[2] == layer.in_features
         and x.numel() > 0
-        and is_inference(layer, x)
+        and (norm is None or norm.normalized_shape == (layer.in_features,))
+        and (residual is None or (residual.dtype == x.dtype and residual.shape == (*x.shape[:2], layer.out_features)))
+        and is_inference(layer, x, *parameters, residual)
         and not is_transformed()
         # torch has instructions for less precision that the op does not use
         and (torch.compiler.is_compiling() or cpu_impl.is_plain_float32())
     )
 
 
-def _as_convolution(layer: nn.Linear, x: Tensor) -> tuple[Any, ...]:
-    return x.transpose(1, 2).unsqueeze(2), layer.weight[:, :, None, None], layer.bias
-
-
-def example_projection(holder: nn.Module, name: str) -> dict[str, tuple[Any, ...]]:
+def example_projection(holder: nn.Module, name: str, activation: str = "none") -> dict[str, tuple[Any, ...]]:
     """For :func:`fastsd.patching.rule.Rule.op_calls`: the call that :func:`project` makes, if it makes one."""
     layer = getattr(holder, name)
     if not isinstance(layer, nn.Linear):
@@ -59,7 +94,6 @@ def example_projection(holder: nn.Module, name: str) -> dict[str, tuple[Any, ...
     if x.device.type == "cpu":
         cpu_speed.measure()
     with torch.no_grad():
-        if not is_fused(holder, name, x):
+        if not _is_served(holder, name, x):
             return {}
-        rest = (1, [0] * 4, None, 0, None, None, 1e-5, None, None, "none", None, None, None, 1.0, None)
-        return {"conv2d": (*_as_convolution(layer, x), *rest)}
+        return {"linear": (x, layer.weight, layer.bias, None, None, None, activation, None)}

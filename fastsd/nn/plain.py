@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-_KNOWN: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.Linear, nn.SiLU)
+_KNOWN: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Dropout, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.SiLU)
 _FORWARDS = {cls: cls.forward for cls in _KNOWN}
 
 # functional_call puts plain tensors in the place of parameters, torch.export puts fake ones

@@ -62,7 +62,9 @@ class Replacement(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = next(base for base in cls.__mro__[1:] if not issubclass(base, Replacement))
-        cls.overridden = {name: getattr(stock, name) for name in vars(cls) if callable(getattr(stock, name, None))}
+        fast = [base for base in cls.__mro__ if issubclass(base, Replacement) and base is not Replacement]
+        names = {name for base in fast for name in vars(base)}
+        cls.overridden = {name: getattr(stock, name) for name in names if callable(getattr(stock, name, None))}
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         settings = settings_of(self)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastsd.nn.convolution import convolve, example_convolution, normalise
 from fastsd.nn.gri_attention import tell_grid
+from fastsd.nn.linear import example_projection, project
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings
 from fastsd.nn.tokens import as_map, as_tokens
@@ -47,7 +48,7 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
             return super()._operate_on_continuous_inputs(hidden_states)
         x = hidden_states.contiguous(memory_format=torch.channels_last)
         if self.use_linear_projection:
-            tokens = self.proj_in(as_tokens(normalise(self, x, self.norm)))
+            tokens = project(self, self, "proj_in", as_tokens(normalise(self, x, self.norm)))
         else:
             tokens = as_tokens(convolve(self, "proj_in", x, norm=self.norm))
         # as stock: the blocks' channels where a convolution projects, the map's where a linear layer does
@@ -62,8 +63,10 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
             )
         size = (batch_size, height, width)
         if self.use_linear_projection:
-            return residual + as_map(self.proj_out(hidden_states), size)
-        y = convolve(self, "proj_out", as_map(hidden_states, size), residual=residual)
+            tokens = as_tokens(residual)
+            y = as_map(project(self, self, "proj_out", hidden_states, residual=tokens), size)
+        else:
+            y = convolve(self, "proj_out", as_map(hidden_states, size), residual=residual)
         return y.contiguous() if residual.is_contiguous() else y
 
 
@@ -77,4 +80,5 @@ def example_calls(transformer: stock.Transformer2DModel) -> dict[str, tuple[Any,
         fused = example_convolution(transformer, "proj_in", x, *parameters)
         if fused:
             return fused
-    return {"group_norm_silu": (x, *parameters, "none", None, None)}
+    norm_alone = {"group_norm_silu": (x, *parameters, "none", None, None)}
+    return norm_alone | (example_projection(transformer, "proj_in") if transformer.use_linear_projection else {})

@@ -12,6 +12,7 @@ from fastsd.nn.replacement import Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.rules.gri_attention import GRIRule, gri_rule
 from fastsd.patching.rules.transformer import TRANSFORMER
+from fastsd.patching.rules.transformer_block import TRANSFORMER_BLOCK
 from fastsd.patching.survey import Finding, parts_of, survey
 from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.dispatch import BACKENDS
@@ -105,8 +106,10 @@ def _with_gri(chosen: tuple[Rule, ...], model: Any, gri: GRI) -> tuple[Rule, ...
     if not there.issuperset(gri.levels):
         found = ", ".join(map(str, sorted(there))) or "none; it looks for a U-Net or ControlNet"
         raise ValueError(f"gri: expected levels of the model that have transformers ({found}); got {gri.levels}")
-    needed = [rule for rule in (TRANSFORMER, gri_rule(gri)) if rule not in chosen]
-    return select_rules([*chosen, *needed])
+    # it goes before that of the other blocks; one of a user's for them clashes
+    others = [rule for rule in chosen if rule is not TRANSFORMER_BLOCK]
+    with_own = select_rules([*others, *(() if TRANSFORMER in others else (TRANSFORMER,)), gri_rule(gri)])
+    return (*with_own, TRANSFORMER_BLOCK) if TRANSFORMER_BLOCK in chosen else with_own
 
 
 def _out_of_reach(root: nn.Module, gri: GRI | None) -> Iterable[Finding]:

@@ -55,7 +55,9 @@ def survey(root: nn.Module, rules: Iterable[Rule], *, before_a_patch: bool = Fal
     children that the rule passes on: of them, only those with a rule of their own inside one that is refused are
     found. The root is never found: its class is saved with the model.
     """
-    by_target = {rule.target_class(): rule for rule in rules}
+    by_target: dict[type[nn.Module] | None, list[Rule]] = {}
+    for given in rules:
+        by_target.setdefault(given.target_class(), []).append(given)
     seen = {id(root)}
     replaceable: set[str] = set()  # paths
 
@@ -69,7 +71,7 @@ def survey(root: nn.Module, rules: Iterable[Rule], *, before_a_patch: bool = Fal
             if settings is not None and not before_a_patch:
                 rule: Rule | None = settings.rule
             else:
-                rule = _rule_of(by_target.get(stock), settings, root, path)
+                rule = _rule_of(by_target.get(stock, []), settings, root, path)
             refusal = None
             if rule is not None:
                 refusal = _refusal(module, stock, rule) or _why_alone(
@@ -104,15 +106,17 @@ def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | Non
     return rule.reject(module)
 
 
-def _rule_of(rule: Rule | None, settings: Settings | None, root: nn.Module, path: str) -> Rule | None:
-    """Of the rule that is asked for and the one that has replaced the module, the one that counts."""
-    is_asked_for = rule is not None and rule.is_place(root, path)
+def _rule_of(rules: list[Rule], settings: Settings | None, root: nn.Module, path: str) -> Rule | None:
+    """Of the rules that are asked for and the one that has replaced the module, the one that counts."""
+    # what approximates is asked for by name, and comes first where it is
+    asked = sorted((rule for rule in rules if rule.is_place(root, path)), key=lambda rule: not rule.approximate)
     if settings is None:
-        return rule if is_asked_for else None
-    # what approximates was asked for, and goes only by another choice of that
-    if not is_asked_for or (settings.rule.approximate and rule is not None and not rule.approximate):
+        return asked[0] if asked else None
+    # and it goes only by another choice of that
+    is_chosen_anew = any(rule.approximate for rule in rules)
+    if not asked or (settings.rule.approximate and not asked[0].approximate and not is_chosen_anew):
         return settings.rule
-    return rule
+    return asked[0]
 
 
 def _why_alone(root: nn.Module, path: str, rule: Rule, replaceable: set[str]) -> str | None:

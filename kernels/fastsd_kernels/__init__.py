@@ -9,6 +9,7 @@ from fastsd_kernels.cond_conv2d import cond_conv2d
 from fastsd_kernels.conv2d import conv2d
 from fastsd_kernels.gri_attention import gri_attention
 from fastsd_kernels.group_norm_silu import group_norm_silu
+from fastsd_kernels.linear import linear
 from fastsd_kernels.resnet_block import resnet_block
 
-__all__ = ["attention", "cond_conv2d", "conv2d", "gri_attention", "group_norm_silu", "resnet_block"]
+__all__ = ["attention", "cond_conv2d", "conv2d", "gri_attention", "group_norm_silu", "linear", "resnet_block"]

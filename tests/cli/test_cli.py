@@ -73,7 +73,7 @@ def test_explain_json_of_a_folder(capsys, tmp_path):
     assert status == 0
     entries = explained["parts"][0]["entries"]
     # 8 residual blocks, 4 transformers with a feed-forward layer each, 2 up-blocks, 2 resamplings
-    assert sum(entry["replaced"] for entry in entries) == 28
+    assert sum(entry["replaced"] for entry in entries) == 32
 
 
 def test_doctor_finds_nothing_wrong(capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsd_kernels.conv2d import cpu_speed
+from fastsd_kernels.linear import cpu_speed
 
 
 @pytest.fixture(autouse=True, scope="session")

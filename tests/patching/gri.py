@@ -1,11 +1,11 @@
 """Small U-Nets with GRI attention: by patch, and by processors; and whether it runs."""
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.models import example_inputs, flat_output
 from fastsd.nn.gri_attention import ToldKwargs
+from tests.patching.models import calls_of
 
 SMALL = fastsd.GRI(window=4, pool=2)
 LEVEL_0 = (
@@ -18,17 +18,7 @@ MIDDLE = "mid_block.attentions.0.transformer_blocks.0"
 
 def gri_calls(function):
     """How often ``function()`` calls gri_attention."""
-
-    calls = []
-
-    class Noting(TorchDispatchMode):
-        def __torch_dispatch__(self, target, types, args=(), kwargs=None):
-            calls.extend([target] * (target is torch.ops.fastsd.gri_attention.default))
-            return target(*args, **kwargs or {})
-
-    with Noting():
-        function()
-    return len(calls)
+    return calls_of("gri_attention", function)
 
 
 def with_processors(model, paths=LEVEL_0, **given):

@@ -51,6 +51,12 @@ _MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "eight_channels": ("UNet2DConditionModel", TINY | {"in_channels": 8}, 8),
     "gligen": ("UNet2DConditionModel", TINY | {"attention_type": "gated"}, 8),
     "dropout": ("UNet2DConditionModel", TINY | {"dropout": 0.3}, 8),
+    # as SD2.x and SDXL
+    "linear_projections": (
+        "UNet2DConditionModel",
+        TINY | {"use_linear_projection": True, "transformer_layers_per_block": 2},
+        8,
+    ),
     "unet_2d_model": (
         "UNet2DModel",
         {
@@ -221,3 +227,20 @@ def fused_convolutions(function: Callable[[], Any], *, grad: bool = False) -> in
     with torch.set_grad_enabled(grad), _OpCounter() as counter:
         function()
     return counter.convolutions
+
+
+class _CallCounter(TorchDispatchMode):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.op, self.count = getattr(torch.ops.fastsd, name).default, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is self.op
+        return function(*args, **(kwargs or {}))
+
+
+def calls_of(name: str, function: Callable[[], Any]) -> int:
+    """How often ``function()`` calls the op of this name."""
+    with _CallCounter(name) as counter:
+        function()
+    return counter.count

@@ -4,12 +4,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.nn.replacement import settings_of
-from fastsd_kernels.conv2d import cpu_speed
-from tests.patching.models import assert_as_stock, build, call
+from fastsd_kernels.linear import cpu_speed
+from tests.patching.models import assert_as_stock, build, call, calls_of
 
 LIKE = {"generator": torch.Generator().manual_seed(1)}
 X, TEXT = torch.randn(2, 30, 24, **LIKE), torch.randn(2, 7, 10, **LIKE)
@@ -17,20 +16,8 @@ MAP = torch.randn(2, 24, 5, 6, **LIKE)
 OF_A_MAP = {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 1.5, "bias": True}
 
 
-class _Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.fastsd.attention.default
-        return function(*args, **(kwargs or {}))
-
-
 def op_calls(function):
-    with _Calls() as calls:
-        function()
-    return calls.count
+    return calls_of("attention", function)
 
 
 def layer(**changes):

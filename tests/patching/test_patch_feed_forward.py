@@ -1,4 +1,4 @@
-"""Feed-forward layers: projections as 1×1 convolutions where these are faster, the leaf itself where more is asked."""
+"""Feed-forward layers: projections as the op where that is faster, the leaf itself where more is asked."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 
 import fastsd
-from fastsd_kernels.conv2d import cpu_speed
-from tests.patching.models import assert_as_stock, build, call, fused_convolutions
+from fastsd_kernels.linear import cpu_speed
+from tests.patching.models import assert_as_stock, build, call, calls_of
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +38,19 @@ def test_as_stock(activation, count):
     assert torch.equal(fastsd.unpatch(model)[0](tokens(count)), stock)
 
 
+@torch.no_grad()
 def test_both_projections_are_the_op():
     model = fastsd.patch(layer())
-    assert fused_convolutions(lambda: model[0](tokens())) == 2
+    assert calls_of("linear", lambda: model[0](tokens())) == 2
 
 
+@torch.no_grad()
 def test_without_a_faster_product_torch_multiplies(monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", False)
     model = layer()
     stock = model[0](tokens())
     fastsd.patch(model)
-    assert fused_convolutions(lambda: model[0](tokens())) == 0
+    assert calls_of("linear", lambda: model[0](tokens())) == 0
     assert torch.equal(model[0](tokens()), stock)
 
 
@@ -119,7 +121,7 @@ def test_options(changes):
 
 def test_gradients_are_stock():
     model = fastsd.patch(layer())
-    assert fused_convolutions(lambda: model[0](tokens()).sum().backward(), grad=True) == 0
+    assert calls_of("linear", lambda: model[0](tokens()).sum().backward()) == 0
     assert model[0].net[2].weight.grad is not None
 
 
@@ -146,10 +148,8 @@ def test_in_a_model():
     stock = call(build())
     model = fastsd.patch(build(), strict=True)
     assert_as_stock(call(model), stock)
-    with_layers = fused_convolutions(lambda: call(model))
-    fastsd.patch(model := build(), rules=[r for r in fastsd.registered_rules() if r.name != "feed_forward"])
-    # four transformers with one layer of two projections each
-    assert with_layers - fused_convolutions(lambda: call(model)) == 8
+    # four blocks, with two attentions of four projections each and one layer of two
+    assert calls_of("linear", lambda: call(model)) == 4 * (2 * 4 + 2)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 import fastsd
 from fastsd.nn.gri_attention import arguments, self_attention
-from fastsd_kernels.conv2d import cpu_speed
+from fastsd_kernels.linear import cpu_speed
 from tests.patching.gri import LEVEL_0, SMALL, approximate, gri_calls, run, told, with_processors
 from tests.patching.models import TINY, assert_as_stock, assert_untouched, build, call, fingerprint, relative_error
 

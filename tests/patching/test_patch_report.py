@@ -26,6 +26,7 @@ def test_stock_model():
         ("Downsample2D", "downsample"): 1,
         ("Upsample2D", "upsample"): 1,
         ("Transformer2DModel", "transformer"): 4,
+        ("BasicTransformerBlock", "transformer_block"): 4,
         ("Attention", "attention"): 8,
         ("FeedForward", "feed_forward"): 4,
         ("UpBlock2D", "up_block"): 1,
@@ -121,20 +122,20 @@ def test_text():
     model.mid_block.resnets[0].nonlinearity = nn.GELU()
     assert str(fastsd.report(model)).splitlines() == [
         "UNet2DConditionModel",
-        "  Transformer2DModel     4  replaced by transformer → conv2d [cpu]",
-        "  Attention              8  replaced by attention → attention [cpu]",
-        "  FeedForward            4  replaced by feed_forward",
-        "  ResnetBlock2D          7  replaced by resnet_block → resnet_block [cpu]",
-        "  Downsample2D           1  replaced by downsample → conv2d [cpu]",
-        "  UpBlock2D              1  replaced by up_block",
-        "  Upsample2D             1  replaced by upsample → conv2d [cpu]",
-        "  CrossAttnUpBlock2D     1  replaced by cross_attention_up_block",
-        "  ResnetBlock2D          1  replaced by resnet_block: nonlinearity is a torch.nn.modules.activation.GELU, "
+        "  Transformer2DModel        4  replaced by transformer → conv2d [cpu]",
+        "  BasicTransformerBlock     4  replaced by transformer_block",
+        "  Attention                 8  replaced by attention → attention [cpu]",
+        "  FeedForward               4  replaced by feed_forward",
+        "  ResnetBlock2D             7  replaced by resnet_block → resnet_block [cpu]",
+        "  Downsample2D              1  replaced by downsample → conv2d [cpu]",
+        "  UpBlock2D                 1  replaced by up_block",
+        "  Upsample2D                1  replaced by upsample → conv2d [cpu]",
+        "  CrossAttnUpBlock2D        1  replaced by cross_attention_up_block",
+        "  ResnetBlock2D             1  replaced by resnet_block: nonlinearity is a torch.nn.modules.activation.GELU, "
         "expected a plain SiLU",
-        "  Conv2d                 2  left: no rule for this class",
-        "  Linear                 2  left: no rule for this class",
-        "  LayerNorm             12  left: no rule for this class",
-        "  GroupNorm              1  left: no rule for this class",
+        "  Conv2d                    2  left: no rule for this class",
+        "  Linear                    2  left: no rule for this class",
+        "  GroupNorm                 1  left: no rule for this class",
     ]
 
 

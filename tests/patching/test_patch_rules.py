@@ -75,7 +75,7 @@ def test_registered_rule(registered, model):
 
 
 def test_strict(registered, model):
-    with pytest.raises(fastsd.PatchError, match=r"1 of 30 modules cannot be replaced: 2\.deep: scale is -1"):
+    with pytest.raises(fastsd.PatchError, match=r"1 of 34 modules cannot be replaced: 2\.deep: scale is -1"):
         fastsd.patch(model, strict=True)
     assert is_fast(model) == [False, False]
 

@@ -7,6 +7,7 @@ from fastsd.patching.rules.resampling import DOWNSAMPLE, UPSAMPLE
 from fastsd.patching.rules.resnet_block import RESNET_BLOCK
 from fastsd.patching.rules.skipped_resnet import SKIPPED_RESNET
 from fastsd.patching.rules.transformer import TRANSFORMER
+from fastsd.patching.rules.transformer_block import TRANSFORMER_BLOCK
 from fastsd.patching.rules.up_block import CROSS_ATTENTION_UP_BLOCK, UP_BLOCK
 
 BUILT_IN = (
@@ -17,6 +18,7 @@ BUILT_IN = (
     UP_BLOCK,
     CROSS_ATTENTION_UP_BLOCK,
     TRANSFORMER,
+    TRANSFORMER_BLOCK,
     ATTENTION,
     FEED_FORWARD,
     VAE_ENCODER,

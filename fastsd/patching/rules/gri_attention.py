@@ -41,7 +41,7 @@ def gri_rule(gri: GRI) -> GRIRule:
         replacement="fastsd.nn.gri_attention.BasicTransformerBlock",
         reject=_reject,
         op_calls=functools.partial(_op_calls, gri),
-        passes_on=("norm1", "attn2", "norm2", "ff", "norm3", "fuser"),
+        passes_on=("attn2", "ff", "fuser"),
         approximate=True,
         inside="diffusers.models.transformers.transformer_2d.Transformer2DModel",
         gri=gri,
