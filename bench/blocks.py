@@ -139,7 +139,7 @@ def measure(block: Block, count: int, ceiling: float, options: argparse.Namespac
     """Stock in both layouts, compiled if wanted, and patched, interleaved."""
     holder, given = block.build(options.device)
     fast, stock = copy.deepcopy(holder), holder[0]
-    fastsd.patch(fast, strict=True, max_extra_memory=8 << 30)
+    fastsd.patch(fast, strict=True)
     last = copy.deepcopy(stock).to(memory_format=torch.channels_last)
     given_last = _tensors(given, lambda v: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v)
     runs = {

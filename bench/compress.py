@@ -4,7 +4,6 @@ Time does not depend on the weights, so random ones will do; what compression co
 """
 
 import argparse
-import copy
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -195,8 +194,8 @@ def compare(
     inputs = models.example_inputs(model, batch, latent)
     around = PROVIDERS["fastsd-cudagraph"].around if cudagraph else lambda call: call
     runs: dict[str, harness.Run] = {}
-    small = {name: fastsd.compress(_own(model), name, in_place=True) for name in names}
-    for name, each in {**small, FULL: _own(model)}.items():
+    small = {name: fastsd.compress(twin(model), name, in_place=True) for name in names}
+    for name, each in {**small, FULL: twin(model)}.items():
         comparison.costs[name] = measure_total(each, batch, latent)
         small[name] = each
     parts = _parts(model, batch, latent, comparison) if with_pipeline else {}
@@ -262,12 +261,6 @@ def table(comparison: Comparison) -> str:
     columns = ("image s", "of it saved") if with_pipeline else ()
     headers = ("U-Net", "M params", "GMAC", "median ms", "p20", "p80", "relative L2", "saved", "eager /", *columns)
     return text_table(headers, rows)
-
-
-def _own(model: models.Model) -> models.Model:
-    """A copy with parameters of its own on the same memory: each patched model then keeps its own copies of them."""
-    own: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, own)
 
 
 def _admit(

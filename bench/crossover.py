@@ -14,7 +14,6 @@ from fastsd.cli import environment
 from fastsd.cli.table import text_table
 from fastsd_kernels import conv2d
 from fastsd_kernels.conv2d import cpu_costs
-from fastsd_kernels.conv2d.packed_weights import WeightBudget
 
 ALGORITHMS = ("direct", "product", "winograd2", "winograd4")
 CHANNELS = (64, 128, 320, 640, 1280)
@@ -24,7 +23,7 @@ MOST_FLOPS = 60e9
 
 @dataclass(frozen=True)
 class Row:
-    """One 3×3 convolution of C to C channels on a square map, transformed weights kept; seconds of each algorithm."""
+    """One 3×3 convolution of C to C channels on a square map; seconds of each algorithm."""
 
     channels: int
     side: int
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         harness.check_plot(options.plot)
     device, rows = read(options.source) if options.source else measure_all(options.repeats, options.json)
-    title = f"3×3, batch 1, float32, channels_last, weights transformed before; {device}"
+    title = f"3×3, batch 1, float32, channels_last; {device}"
     print(title)
     print(table(rows))
     if options.plot:
@@ -82,17 +81,13 @@ def measure(channels: int, side: int, repeats: int) -> Row:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, generator=generator) * (9 * channels) ** -0.5
-    copies = {algorithm: weight.clone() for algorithm in ALGORITHMS}
-    budget = WeightBudget(8 << 30)
-    for copy in copies.values():
-        budget.admit(copy)
 
     def call(algorithm: str) -> harness.Run:
-        return lambda: conv2d(x, copies[algorithm], padding=1, algorithm=algorithm, backend="cpu")
+        return lambda: conv2d(x, weight, padding=1, algorithm=algorithm, backend="cpu")
 
     runs = {algorithm: call(algorithm) for algorithm in ALGORITHMS}
     timings = harness.interleaved(runs, harness.host_clock(), repeats, warmup=2)
-    chosen = cpu_costs.cheapest(cpu_costs.Call(1, channels, channels, side, side, 3, 1, 0), None, 8 << 30)
+    chosen = cpu_costs.cheapest(cpu_costs.Call(1, channels, channels, side, side, 3, 1, 0))
     return Row(channels, side, {name: timing.median for name, timing in timings.items()}, chosen)
 
 
@@ -118,7 +113,7 @@ def table(rows: list[Row]) -> str:
 def plot(path: Path, title: str, rows: list[Row]) -> None:
     """For each number of channels one line per algorithm: its time against the fastest, over the side of the map.
 
-    So the fastest lies on 1, and a ring above 1 shows what a choice costs that saves memory, or is wrong.
+    So the fastest lies on 1, and a ring above 1 shows what a wrong choice costs.
     """
     from matplotlib.figure import Figure  # and no pyplot, which would choose a display for the whole process
 

@@ -2,8 +2,7 @@
 
 ``eager`` is the op's definition in plain PyTorch: kernels mixed for each sample, then one convolution of B groups.
 ``loop``: the same with a convolution for each sample. ``plain``, a yardstick, computes another function: fastsd's
-conv2d with the first kernel alone, and copies of its weights kept, as a patched model has it where nothing is mixed.
-Copies of a mixture cannot be kept: it is another one at each call.
+conv2d with the first kernel alone, as a patched model has it where nothing is mixed.
 
 One layout, channels last, which a patched model has between its blocks. All 60 cases take many
 minutes on two cores; ``--cases x32x32``, ``--cases e4`` or ``--cases 2x`` take some of them.
@@ -15,13 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsd.cli.table import text_table
 from fastsd_kernels import cond_conv2d, conv2d
 from fastsd_kernels.cond_conv2d import STRATEGIES
 from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
-from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.testing import Sample, feature_map
 from fastsd_kernels.testing.inputs import random_tensor
 
@@ -29,7 +26,6 @@ Function = Callable[..., Tensor]
 
 # each takes milliseconds: more calls in a run would tell no more
 MOST_CALLS = 1
-KEPT_BYTES = 8 << 30
 
 
 class Case(NamedTuple):
@@ -105,24 +101,12 @@ def loop(
 
 def yardsticks() -> dict[str, tuple[Function, Function]]:
     """Other functions, to hold the op's time against, each with its definition in plain PyTorch."""
-    return {"plain": (Plain(), _plain_definition)}
+    return {"plain": (plain, _plain_definition)}
 
 
-class Plain:
-    """A convolution with the first kernel alone, and a copy of its weights kept for each set of experts."""
-
-    def __init__(self) -> None:
-        self.kernels = WeakTensorKeyDictionary()
-        self.budget = WeightBudget(KEPT_BYTES)
-
-    def __call__(
-        self, x: Tensor, experts: Tensor, expert_biases: Tensor, padding: int, **routing: Tensor
-    ) -> Tensor:  # [B, K, H, W]
-        kernel = self.kernels.get(experts)
-        if kernel is None:
-            kernel = self.kernels[experts] = experts[0].clone()
-            self.budget.admit(kernel)
-        return conv2d(x, kernel, expert_biases[0], padding=padding)
+def plain(x: Tensor, experts: Tensor, expert_biases: Tensor, padding: int, **routing: Tensor) -> Tensor:
+    """A convolution with the first kernel alone."""
+    return conv2d(x, experts[0], expert_biases[0], padding=padding)
 
 
 def _plain_definition(x: Tensor, experts: Tensor, expert_biases: Tensor, padding: int, **routing: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""conv2d at the shapes of SD1.5, SDXL and the VAE decoder, as a function: weights are packed in each call.
-
-With copies of the weights kept, as in a patched model, see ``python -m bench blocks``.
-"""
+"""conv2d at the shapes of SD1.5, SDXL and the VAE decoder."""
 
 from typing import Any
 

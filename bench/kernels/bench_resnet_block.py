@@ -1,7 +1,4 @@
-"""resnet_block at the shapes of SD1.5, SDXL and the VAE decoder, as a function: weights are transformed in each call.
-
-With copies of the weights kept, as in a patched model, see ``python -m bench blocks``.
-"""
+"""resnet_block at the shapes of SD1.5, SDXL and the VAE decoder."""
 
 from typing import Any
 

@@ -3,8 +3,10 @@
 // Formulas: kernels/fastsd_kernels/conv2d/README.md.
 //
 // A block of tiles goes through three steps, each spread over the threads: the input is transformed into one matrix
-// [tiles, channels] per frequency, each is multiplied with its packed weights, and the products are transformed back.
-// A block is as large as the caches take, so that the weights are read as seldom, and the matrices as fast, as can be.
+// [tiles, channels] per frequency, each is multiplied with its weights, and the products are transformed back. A block
+// is as large as the caches take, so that the weights are read as seldom, and the matrices as fast, as can be. Weights
+// are read as they are and transformed where they are used, so many channels of a panel at a time as stay in a core's
+// own cache: that takes no longer than to read transformed copies from memory, which are up to four times as large.
 // Columns of a map that is large enough are cut into tasks instead, each with all steps, in a thread's own cache.
 // How the work is cut depends on the shape alone, and no sum is shared between threads: any number gives the same bits.
 
@@ -39,6 +41,7 @@ constexpr int64_t kTaskBytes = 768 * 1024;                    // of a task's col
 constexpr int64_t kMostTaskRows = 128, kFewestTaskRows = 64;  // of the product: what pays for reading the weights anew
 constexpr int64_t kMostTaskWeights = 8 * 1024 * 1024;         // bytes, which a cache that all cores share can hold
 constexpr int64_t kFewestTasks = 4;
+constexpr int64_t kTransformedBytes = 3 * 1024 * 1024;  // of weights that are used at once
 
 // A stride of n floats or a little more, such that 36 of them fall on as many sets of a cache.
 int64_t spread(int64_t n) {
@@ -66,11 +69,10 @@ struct Convolution {
   int64_t batch, x_channels, channels, height, width;
   const int32_t *row_map, *column_map;  // from the padded, enlarged map to the source, -1 for padding
   const float* affine;                  // [batch, 3, channels], may be null
-  const float* packed;                  // weights for m = 2 and 4
-  const T* weights;                     // for m = 1: [out_channels, depth], a channel's taps side by side if taps_last
+  const T* weights;                     // [out_channels, channels, taps], or taps first; or one for each expert
   bool taps_last;
-  const float* alpha;    // [batch, experts]: weights are [experts, out_channels, depth], mixed anew for each sample
-  int64_t expert_count;  // 0 where alpha is null
+  const float* alpha;  // [batch, experts]: weights are mixed anew for each sample; or null
+  int64_t expert_count;
   const float *bias, *channel_bias;  // [out_channels], [batch or 1, out_channels]; each may be null
   int64_t channel_bias_stride;
   const T* residual;
@@ -126,8 +128,7 @@ struct Convolution {
     fill_biases(biases, columns);
     share_out(panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        kernels.pack_panel(weights + p * per_panel, of_panel(p), per_panel / kPanel, per_panel / kPanel,
-                           panel + p * per_panel);
+        kernels.pack_columns(weights_of(p, 0), of_panel(p), 0, per_panel / kPanel, panel + p * per_panel);
     });
     share_out(ceil_div(all.count, per_task), 1, [&](int64_t begin, int64_t end) {
       static thread_local AlignedFloats matrix;
@@ -139,7 +140,8 @@ struct Convolution {
           for (int64_t c = 0; c < channels; c += kChunk)
             gather_columns(all, first + s, c, inputs + s * all.width * depth, depth);
         for (int64_t p = 0; p < panels; ++p) {
-          kernels.multiply(inputs, rows, per_panel / kPanel, depth, panel + p * per_panel, sums, kPanel);
+          Ahead none;
+          kernels.multiply(inputs, rows, per_panel / kPanel, depth, panel + p * per_panel, sums, kPanel, false, none);
           for (int64_t s = 0; s < count; ++s) {
             const Place at = place(all, first + s);
             write_pixels(at, results(all, at), sums + s * all.width * kPanel, kPanel, p * kPanel, of_panel(p), biases,
@@ -187,21 +189,7 @@ struct Convolution {
         }
       });
       const int64_t rows = count * strip;
-      if (alpha)
-        multiply_mixed(all, first, count, inputs, per_input, depth, sums, per_sum, columns);
-      else
-        share_out(frequencies * panels, 1, [&](int64_t begin, int64_t end) {
-          static thread_local AlignedFloats scratch;
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t f = task / panels, p = task % panels, per_panel = taps * channels * kPanel;
-            float* to = sums + f * per_sum + p * kPanel;
-            if (m == 1)
-              kernels.multiply_unpacked(inputs, rows, taps * channels, depth, weights + p * per_panel, of_panel(p),
-                                        scratch.at_least(kPanelDepth * kPanel), to, columns);
-            else
-              kernels.multiply(inputs + f * per_input, rows, channels, depth, packed + task * per_panel, to, columns);
-          }
-        });
+      multiply(all, first, count, inputs, per_input, depth, sums, per_sum, columns);
       share_out(rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile)
           write_tile(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, biases, columns);
@@ -213,35 +201,65 @@ struct Convolution {
   // What a block should not go beyond, or hold a multiple of: with weights of each sample a sample, else all.
   int64_t block_limit(const Strips& all) const { return alpha ? all.tile_rows * all.per_row : all.count; }
 
-  // The products of a block with weights that are mixed for each sample, panel by panel, where they are used. A panel's
-  // experts are read from memory for the first sample of a block alone.
-  void multiply_mixed(const Strips& all, int64_t first, int64_t count, const float* inputs, int64_t per_input,
-                      int64_t depth, float* sums, int64_t per_sum, int64_t columns) const {
-    const int64_t per_sample = all.tile_rows * all.per_row, sample = first / per_sample;
+  // The products of a block, panel by panel of the weights: all its rows at once, or with weights of each sample those
+  // of a sample. A panel's experts are read from memory for the first sample of a block alone.
+  void multiply(const Strips& all, int64_t first, int64_t count, const float* inputs, int64_t per_input, int64_t depth,
+                float* sums, int64_t per_sum, int64_t columns) const {
+    const int64_t per_sample = alpha ? all.tile_rows * all.per_row : all.count, sample = first / per_sample;
     const int64_t samples = (first + count - 1) / per_sample - sample + 1;
-    const int64_t per_row = form.kernel * form.kernel * channels, per_frequency = spread(channels * kPanel);
+    const int64_t wanted = form.m == 1 ? form.kernel * form.kernel * channels : channels;
+    const int64_t most =
+        form.m == 1 ? kPanelDepth : kTransformedBytes / (form.frequencies() * kPanel * int64_t(sizeof(float)));
+    const int64_t at_once = ceil_div(wanted, ceil_div(wanted, most));
+    const int64_t per_frequency = spread(at_once * kPanel);
     share_out(columns / kPanel * samples, 1, [&](int64_t begin, int64_t end) {
       static thread_local AlignedFloats scratch;
+      float* panel = scratch.at_least(form.frequencies() * per_frequency);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / samples, b = sample + task % samples;
         const int64_t from = std::max(first, b * per_sample), until = std::min(first + count, (b + 1) * per_sample);
         const int64_t row = (from - first) * all.width, rows = (until - from) * all.width;
-        const Mixture<T> mixture{weights + p * kPanel * per_row, per_row, out_channels * per_row,
-                                 alpha + b * expert_count, expert_count};
-        float* to = sums + row * columns + p * kPanel;
-        if (form.m == 1) {
-          kernels.multiply_mixed(inputs + row * depth, rows, per_row, depth, mixture, of_panel(p),
-                                 scratch.at_least(kPanelDepth * kPanel), to, columns);
-          continue;
+        const Weights<T> of_task = weights_of(p, b);
+        for (int64_t c = 0; c < wanted; c += at_once) {
+          const int64_t n = std::min(at_once, wanted - c);
+          if (form.m == 1)
+            kernels.pack_columns(of_task, of_panel(p), c, n, panel);
+          else
+            kernels.transform_weights(of_task, of_panel(p), c, n, panel, per_frequency);
+          Ahead ahead;
+          if (c + n < wanted)
+            ahead = rows_of(of_task, of_panel(p), c + n, std::min(at_once, wanted - c - n));
+          else if (task + 1 < end && samples == 1)
+            ahead = rows_of(weights_of(p + 1, b), of_panel(p + 1), 0, std::min(at_once, wanted));
+          for (int64_t f = 0; f < form.frequencies(); ++f)
+            kernels.multiply(inputs + f * per_input + row * depth + c, rows, n, depth, panel + f * per_frequency,
+                             sums + f * per_sum + row * columns + p * kPanel, columns, c > 0, ahead);
         }
-        float* panel = scratch.at_least(form.frequencies() * per_frequency);
-        kernels.mix_frequencies(mixture, of_panel(p), channels, panel, per_frequency);
-        for (int64_t f = 0; f < form.frequencies(); ++f)
-          kernels.multiply(inputs + f * per_input + row * depth, rows, channels, depth, panel + f * per_frequency,
-                           to + f * per_sum, columns);
       }
-      scratch.release_above(kBlockBytes / int64_t(sizeof(float)));
     });
+  }
+
+  // What pack_columns() or transform_weights() will read of some weights; nothing of a mixture, which sees to it
+  // itself.
+  Ahead rows_of(const Weights<T>& from, int64_t count, int64_t first, int64_t wanted) const {
+    if (from.alpha) return {};
+    constexpr int64_t size = sizeof(T);
+    if (form.m == 1) return {from.rows + first, count, wanted * size, from.per_row * size};
+    if (taps_last) return {from.rows + first * from.taps, count, wanted * from.taps * size, from.per_row * size};
+    return {from.rows + first, count * from.taps, wanted * size, channels * size};
+  }
+
+  // Those of a panel, for a sample.
+  Weights<T> weights_of(int64_t p, int64_t b) const {
+    const int64_t taps = form.kernel * form.kernel, per_row = taps * channels;
+    return {weights + p * kPanel * per_row,
+            per_row,
+            channels,
+            taps,
+            taps_last,
+            alpha ? alpha + b * expert_count : nullptr,
+            expert_count,
+            out_channels * per_row};
   }
 
   // How many results a strip has that begins there.
@@ -342,9 +360,8 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// All tensors dense and NHWC, parameters in float32, out not empty: cpu_impl.py sees to it. weights: for m = 1 as they
-// are, dense in either layout, x's dtype; else packed. With alpha [batch, experts], weights are the experts as they
-// are, contiguous.
+// All tensors dense and NHWC, parameters in float32, out not empty: cpu_impl.py sees to it. weights: as they are, dense
+// in either layout, x's dtype; with alpha [batch, experts] the experts, contiguous.
 void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, bool silu, Tensor row_map,
             Tensor column_map, Tensor weights, int64_t m, int64_t kernel, int64_t stride, std::optional<Tensor> bias,
             std::optional<Tensor> channel_bias, std::optional<Tensor> residual, double scale, int64_t isa, Tensor out,
@@ -353,13 +370,9 @@ void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, 
   const int64_t experts = alpha ? alpha->size(1) : 0, plain = out_channels * channels * kernel * kernel;
   const Form form{m, kernel, stride};
   form.check();
-  if (out.numel() == 0 || weights.numel() != (alpha    ? experts * plain
-                                              : m == 1 ? plain
-                                                       : form.packed_size(out_channels, channels)))
-    throw std::invalid_argument(
-        "weights: expected [out, in, kernel, kernel], what pack_conv2d makes of it, or one for each expert");
+  if (out.numel() == 0 || weights.numel() != (alpha ? experts : 1) * plain)
+    throw std::invalid_argument("weights: expected [out, in, kernel, kernel], or one for each expert");
   if (alpha && alpha->size(0) != x.size(0)) throw std::invalid_argument("alpha: expected [batch, experts]");
-  const bool as_they_are = alpha || m == 1;
   if (row_map.numel() < form.reach(round_up(out.size(2), m)) ||
       column_map.numel() < form.reach(round_up(out.size(3), m)))
     throw std::invalid_argument("row_map, column_map: expected one entry for every pixel of every tile");
@@ -375,9 +388,8 @@ void conv2d(Tensor x, std::optional<Tensor> skip, std::optional<Tensor> affine, 
                    static_cast<const int32_t*>(row_map.const_data_ptr()),
                    static_cast<const int32_t*>(column_map.const_data_ptr()),
                    data_or_null<float>(affine),
-                   as_they_are ? nullptr : static_cast<const float*>(weights.const_data_ptr()),
-                   as_they_are ? static_cast<const T*>(weights.const_data_ptr()) : nullptr,
-                   alpha || (m == 1 && weights.stride(1) != 1),
+                   static_cast<const T*>(weights.const_data_ptr()),
+                   alpha || weights.stride(1) != 1,
                    data_or_null<float>(alpha),
                    experts,
                    data_or_null<float>(bias),

@@ -3,10 +3,28 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
-#include "packed_weights.h"
+#include "product.h"
 
 namespace fastsd {
+
+// The matrices of an algorithm. Tiles are m times m pixels of the result: for m = 1 each is one product with all
+// weights that reach it, for m = 2 and 4 a product per frequency of Winograd's.
+struct Form {
+  int64_t m, kernel, stride;
+
+  int64_t frequencies() const { return m == 1 ? 1 : (m + 2) * (m + 2); }
+  int64_t taps() const { return m == 1 ? kernel * kernel : 1; }  // pixels side by side in a row of the matrix
+  // rows or columns of the input that so many of the result are computed from
+  int64_t reach(int64_t results) const { return (results - 1) * stride + kernel; }
+
+  void check() const {
+    if (m != 1 && m != 2 && m != 4) throw std::invalid_argument("m: expected 1, 2 or 4");
+    if (kernel != 3 && (kernel != 1 || m != 1)) throw std::invalid_argument("kernel: expected 3, or 1 for m = 1");
+    if (stride != 1 && (stride != 2 || m != 1)) throw std::invalid_argument("stride: expected 1, or 2 for m = 1");
+  }
+};
 
 // One source of input channels, NHWC.
 template <typename T>
@@ -36,13 +54,15 @@ struct Destination {
   int64_t per_row, per_pixel;
 };
 
-// Kernels that are mixed where they are used: the sum over `count` experts of alpha[e] times the rows of the e-th.
+// Weights as they lie in memory, [out_channels, channels, taps] or [out_channels, taps, channels]; or the sum over
+// `count` experts of alpha[e] times those of the e-th, mixed where they are used.
 template <typename T>
-struct Mixture {
-  const T* rows;  // the first wanted row of the first expert
-  int64_t per_row, per_expert;
-  const float* alpha;
-  int64_t count;
+struct Weights {
+  const T* rows;  // the first wanted output channel, of the first expert
+  int64_t per_row, channels, taps;
+  bool taps_last;
+  const float* alpha;  // null: there are no experts
+  int64_t count, per_expert;
 };
 
 // The vectorised loops, as one instruction set has them; conv2d_kernel.h says what each does.
@@ -52,17 +72,14 @@ struct ConvolutionKernels {
   void (*transform_input)(const float* pixels, int64_t row, int64_t pixel, int64_t tiles, int64_t channels, float* out,
                           int64_t per_frequency, int64_t per_tile);
   void (*multiply)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                   int64_t out_row);
+                   int64_t out_row, bool add, Ahead& ahead);
   void (*transform_output)(const float* sums, int64_t per_frequency, int64_t channels, const float* bias, float scale,
                            int64_t height, int64_t width, const Destination<T>& to);
   void (*write_pixels)(const float* sums, int64_t pixels, int64_t per_sum, int64_t channels, const float* bias,
                        float scale, const Destination<T>& to);
-  void (*pack_panel)(const T* rows, int64_t count, int64_t per_row, int64_t depth, float* to);
-  void (*multiply_unpacked)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const T* b, int64_t count,
-                            float* scratch, float* out, int64_t out_row);
-  void (*multiply_mixed)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const Mixture<T>& b, int64_t count,
-                         float* scratch, float* out, int64_t out_row);
-  void (*mix_frequencies)(const Mixture<T>& from, int64_t count, int64_t channels, float* to, int64_t per_frequency);
+  void (*pack_columns)(const Weights<T>& from, int64_t count, int64_t first, int64_t depth, float* to);
+  void (*transform_weights)(const Weights<T>& from, int64_t count, int64_t first, int64_t channels, float* to,
+                            int64_t per_frequency);
 };
 
 }  // namespace fastsd

@@ -87,22 +87,10 @@ static void transform_input(const float* pixels, int64_t row, int64_t pixel, int
     }
 }
 
-// multiply() by weights that are not packed: rows of b, of which there are `count`. scratch: kPanelDepth * kPanel.
-template <typename T>
-static void multiply_unpacked(const float* a, int64_t rows, int64_t depth, int64_t a_row, const T* b, int64_t count,
-                              float* scratch, float* out, int64_t out_row) {
-  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
-    pack_panel(b + first, count, depth, n, scratch);
-    multiply_block(a + first, rows, n, a_row, scratch, out, out_row, step > 0);
-  }
-}
-
 // One row of a mixture, n elements from the first on. The next n are fetched: rows are far apart, and so many at once
 // that the hardware does not see where each goes on.
 template <typename T>
-static inline void mix_row(const Mixture<T>& from, int64_t row, int64_t first, int64_t n, float* to) {
+static inline void mix_row(const Weights<T>& from, int64_t row, int64_t first, int64_t n, float* to) {
   const T* data = from.rows + row * from.per_row + first;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -121,27 +109,16 @@ static inline void mix_row(const Mixture<T>& from, int64_t row, int64_t first, i
   }
 }
 
-// pack_panel() of a mixture, from the element `first` of its rows on.
+// to[depth, kPanel]: so much of `count` output channels' weights as they lie in memory, from the element `first` on.
 template <typename T>
-static void mix_panel(const Mixture<T>& from, int64_t count, int64_t first, int64_t depth, float* to) {
+static void pack_columns(const Weights<T>& from, int64_t count, int64_t first, int64_t depth, float* to) {
+  if (!from.alpha) return pack_panel<T>(from.rows + first, count, from.per_row, depth, to);
   constexpr int64_t piece = 144;  // so that the mixed rows stay in the first cache
   alignas(64) float mixed[kPanel * piece];
   for (int64_t d = 0; d < depth; d += piece) {
     const int64_t n = depth - d < piece ? depth - d : piece;
     for (int64_t k = 0; k < count; ++k) mix_row(from, k, first + d, n, mixed + k * piece);
     pack_panel<float>(mixed, count, piece, n, to + d * kPanel);
-  }
-}
-
-// multiply_unpacked() by a mixture.
-template <typename T>
-static void multiply_mixed(const float* a, int64_t rows, int64_t depth, int64_t a_row, const Mixture<T>& b,
-                           int64_t count, float* scratch, float* out, int64_t out_row) {
-  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
-    mix_panel(b, count, first, n, scratch);
-    multiply_block(a + first, rows, n, a_row, scratch, out, out_row, step > 0);
   }
 }
 
@@ -166,28 +143,36 @@ static inline __attribute__((always_inline)) void weight_matrix(const Vector* x,
   }
 }
 
-// A panel of a mixture of 3x3 kernels whose taps lie side by side, transformed: to[frequency][channel][kPanel].
+// Some channels of a panel of 3x3 kernels, transformed: to[frequency][channel][kPanel].
 template <int M, typename T>
-static void mix_frequencies(const Mixture<T>& from, int64_t count, int64_t channels, float* to, int64_t per_frequency) {
+static void transform_weights(const Weights<T>& from, int64_t count, int64_t first, int64_t channels, float* to,
+                              int64_t per_frequency) {
   constexpr int N = kSide<M>;
   constexpr int64_t taps = 9, piece = 16;
   alignas(64) float panel[piece * taps * kPanel];
-  for (int64_t first = 0; first < channels; first += piece) {
-    const int64_t n = channels - first < piece ? channels - first : piece;
-    mix_panel(from, count, first * taps, n * taps, panel);
-    for (int64_t c = 0; c < n; ++c)
+  for (int64_t c = 0; c < channels; c += piece) {
+    const int64_t n = channels - c < piece ? channels - c : piece;
+    if (from.taps_last)
+      pack_columns(from, count, (first + c) * taps, n * taps, panel);
+    else
+      for (int64_t tap = 0; tap < taps; ++tap)
+        pack_columns(from, count, tap * from.channels + first + c, n, panel + tap * piece * kPanel);
+    const int64_t per_channel = from.taps_last ? taps : 1, per_tap = from.taps_last ? 1 : piece;
+    for (int64_t i = 0; i < n; ++i)
       for (int s = 0; s < kPanel; s += kLanes) {
         Vector half[N][3];
-        for (int j = 0; j < 3; ++j) {
+        for (int column = 0; column < 3; ++column) {
           Vector x[3], y[N];
-          for (int i = 0; i < 3; ++i) read(panel + (c * taps + i * 3 + j) * kPanel + s, x[i]);
+          for (int row = 0; row < 3; ++row)
+            read(panel + (i * per_channel + (row * 3 + column) * per_tap) * kPanel + s, x[row]);
           weight_matrix<M>(x, y);
-          for (int i = 0; i < N; ++i) half[i][j] = y[i];
+          for (int row = 0; row < N; ++row) half[row][column] = y[row];
         }
-        for (int i = 0; i < N; ++i) {
+        for (int row = 0; row < N; ++row) {
           Vector y[N];
-          weight_matrix<M>(half[i], y);
-          for (int j = 0; j < N; ++j) write(to + (i * N + j) * per_frequency + (first + c) * kPanel + s, y[j]);
+          weight_matrix<M>(half[row], y);
+          for (int column = 0; column < N; ++column)
+            write(to + (row * N + column) * per_frequency + (c + i) * kPanel + s, y[column]);
         }
       }
   }
@@ -272,8 +257,6 @@ static ConvolutionKernels<T> convolution_kernels(bool silu) {
           multiply,
           transform_output<M, T>,
           write_pixels<T>,
-          pack_panel<T>,
-          multiply_unpacked<T>,
-          multiply_mixed<T>,
-          mix_frequencies<M, T>};
+          pack_columns<T>,
+          transform_weights<M, T>};
 }

@@ -87,7 +87,7 @@ struct Linear {
       float* panel = scratch.at_least(panel_floats() + parts() * rows * kPanel);
       for (int64_t p = begin; p < end; ++p) {
         pack(p, panel);
-        multiply(p, 0, rows, inputs(0, wide), panel, panel + panel_floats(), biases);
+        multiply(p, 0, rows, inputs(0, wide), panel, panel + panel_floats(), biases, p + 1 < end);
       }
     });
     kept.release_above(kPackedBytes / int64_t(sizeof(float)));
@@ -114,7 +114,7 @@ struct Linear {
           const int64_t row = task * per_task, count = std::min(per_task, rows - row);
           if (!is_read_in_place()) prepare(row, count, wide);
           for (int64_t p = first; p < last; ++p)
-            multiply(p, row, count, inputs(row, wide), packed + (p - first) * panel_floats(), sums, biases);
+            multiply(p, row, count, inputs(row, wide), packed + (p - first) * panel_floats(), sums, biases, false);
         }
       });
     }
@@ -154,16 +154,22 @@ struct Linear {
 
   void pack(int64_t p, float* panel) const {
     for (int64_t part = 0; part < parts(); ++part)
-      kernels.pack_panel(weight + (part * features + p * kPanel) * weight_row, of_panel(p), weight_row, depth,
-                         panel + part * depth * kPanel);
+      kernels.pack_panel(weight_rows(p, part), of_panel(p), weight_row, depth, panel + part * depth * kPanel);
   }
 
-  // sums: [parts, count, kPanel]
+  const T* weight_rows(int64_t p, int64_t part) const { return weight + (part * features + p * kPanel) * weight_row; }
+
+  // sums: [parts, count, kPanel]; the weights of the next panel may be fetched meanwhile.
   void multiply(int64_t p, int64_t row, int64_t count, const Inputs& from, const float* panel, float* sums,
-                const float* biases) const {
-    for (int64_t part = 0; part < parts(); ++part)
+                const float* biases, bool is_next_fetched) const {
+    for (int64_t part = 0; part < parts(); ++part) {
+      Ahead ahead;
+      if (is_next_fetched)
+        ahead = {weight_rows(p + 1, part), of_panel(p + 1), depth * int64_t(sizeof(T)),
+                 weight_row * int64_t(sizeof(T))};
       kernels.multiply(from.data, count, depth, from.row, panel + part * depth * kPanel, sums + part * count * kPanel,
-                       kPanel);
+                       kPanel, false, ahead);
+    }
     Rows<T> here = to;
     here.out += row * to.out_row + p * kPanel;
     if (to.residual) here.residual += row * to.residual_row + p * kPanel;

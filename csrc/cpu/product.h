@@ -6,10 +6,28 @@
 
 namespace fastsd {
 
-// Columns of the packed weights that lie side by side: whole vectors of every instruction set.
+// Columns of weights that lie side by side: whole vectors of every instruction set.
 constexpr int64_t kPanel = 32;
 
 // So much of a panel's depth is multiplied with at a time: what stays in a core's own cache.
 constexpr int64_t kPanelDepth = 2560;
+
+// Rows of weights that will be wanted next, brought from memory line by line while others are multiplied.
+struct Ahead {
+  const void* row = nullptr;
+  int64_t rows = 0, bytes = 0, row_bytes = 0;  // left, wanted of each, from one to the next
+  int64_t done = 0;                            // of this row
+
+  void fetch_line() {
+    if (rows == 0) return;
+    const char* line = static_cast<const char*>(row) + done;
+    __builtin_prefetch(line, 0, 2);
+    done += 64;
+    if (done < bytes) return;
+    row = static_cast<const char*>(row) + row_bytes;
+    done = 0;
+    --rows;
+  }
+};
 
 }  // namespace fastsd

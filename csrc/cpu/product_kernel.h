@@ -1,24 +1,35 @@
 // Products of matrices for the vectorised kernels, which include this file and vector_kernel.h inside their namespace.
 
+// sum[R] += the k-th column of a times the k-th row of two vectors of b.
+template <int R>
+static inline __attribute__((always_inline)) void multiply_column(const float* a, int64_t a_row, const float* b,
+                                                                  int64_t k, Vector (&sum)[R][2]) {
+  Vector left, right;
+  read(b + k * kPanel, left);
+  read(b + k * kPanel + kLanes, right);
+  for (int r = 0; r < R; ++r) {
+    const float value = a[r * a_row + k];
+    sum[r][0] += value * left;
+    sum[r][1] += value * right;
+  }
+}
+
 // out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers.
 template <int R>
 static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const float* b, float* out, int64_t out_row,
-                          bool add) {
+                          bool add, Ahead& ahead) {
   for (int s = 0; s < kPanel; s += 2 * kLanes) {
     Vector sum[R][2] = {};
     if (add)
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < 2; ++v) read(out + r * out_row + s + v * kLanes, sum[r][v]);
-    for (int64_t k = 0; k < depth; ++k) {
-      Vector left, right;
-      read(b + k * kPanel + s, left);
-      read(b + k * kPanel + s + kLanes, right);
-      for (int r = 0; r < R; ++r) {
-        const float value = a[r * a_row + k];
-        sum[r][0] += value * left;
-        sum[r][1] += value * right;
-      }
+    int64_t k = 0;
+    for (; k + 2 <= depth; k += 2) {
+      multiply_column<R>(a, a_row, b + s, k, sum);
+      multiply_column<R>(a, a_row, b + s, k + 1, sum);
+      ahead.fetch_line();
     }
+    if (k < depth) multiply_column<R>(a, a_row, b + s, k, sum);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < 2; ++v) write(out + r * out_row + s + v * kLanes, sum[r][v]);
   }
@@ -26,7 +37,7 @@ static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const fl
 
 // As many rows at a time as the registers hold; the rows are spread evenly, so that none is left for a slow last step.
 static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                           int64_t out_row, bool add) {
+                           int64_t out_row, bool add, Ahead& ahead) {
   constexpr int most = FASTSD_VECTORS == 32 ? 12 : 6;
   const int64_t steps = (rows + most - 1) / most;
   for (int64_t step = 0; step < steps; ++step) {
@@ -34,9 +45,9 @@ static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t 
     const float* from = a + first * a_row;
     float* to = out + first * out_row;
     switch (n) {
-#define FASTSD_ROWS(R)                                         \
-  case R:                                                      \
-    multiply_rows<R>(from, depth, a_row, b, to, out_row, add); \
+#define FASTSD_ROWS(R)                                                \
+  case R:                                                             \
+    multiply_rows<R>(from, depth, a_row, b, to, out_row, add, ahead); \
     break;
       FASTSD_ROWS(1)
       FASTSD_ROWS(2)
@@ -57,13 +68,14 @@ static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t 
   }
 }
 
-// out[rows, kPanel] = a[rows, depth] b[depth, kPanel], so much of the depth at a time that b's part stays in the cache.
+// out[rows, kPanel] = a[rows, depth] b[depth, kPanel], or += it, so much of the depth at a time that b's part stays in
+// the cache.
 static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                     int64_t out_row) {
+                     int64_t out_row, bool add, Ahead& ahead) {
   const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
-    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, step > 0);
+    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, add || step > 0, ahead);
   }
 }
 

@@ -72,8 +72,6 @@ def convolve(
         y = y if channel_bias is None else y + channel_bias
         return epilogue(y, None, residual, output_scale)
 
-    if not mixes:
-        keep_copies(owner, name)
     x = x if input_bias is None else x + input_bias
     row = None if channel_bias is None else row_of(channel_bias, x, conv.out_channels)
     # what does not fit the op broadcasts or promotes as a sum does
@@ -163,14 +161,6 @@ def is_chosen(
         return False
     fastest = measured.fastest(x, conv.weight, conv.stride[0], _whole_padding(conv, padding), upsample_size)
     return fastest not in (None, measured.DIRECT)
-
-
-def keep_copies(owner: nn.Module, *names: str) -> None:
-    """Let the op keep copies of the weights of these convolutions, which may have been replaced since the patch."""
-    settings = settings_of(owner)
-    if settings is not None and not torch.compiler.is_compiling():
-        for name in names:
-            settings.budget.admit(getattr(owner, name).weight)
 
 
 def is_op_convolution(owner: nn.Module, name: str) -> bool:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from fastsd_kernels.conv2d.packed_weights import WeightBudget
-
 if TYPE_CHECKING:
     from fastsd.patching.rule import Rule
 
@@ -17,15 +15,11 @@ SETTINGS = "_fastsd"
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``patch`` leaves on a replaced module, in its attribute ``_fastsd``; ``unpatch`` takes it away.
-
-    The last module to lose its settings takes the budget, and with it every copy of weights, along.
-    """
+    """What ``patch`` leaves on a replaced module, in its attribute ``_fastsd``; ``unpatch`` takes it away."""
 
     rule: Rule
     stock: type[nn.Module]
     backend: str | None
-    budget: WeightBudget
 
 
 def active_settings(module: nn.Module) -> Settings | None:

@@ -13,7 +13,6 @@ from fastsd.nn.convolution import (
     is_inference,
     is_one_op,
     is_op_convolution,
-    keep_copies,
     norm_parameters,
     normalise,
     row_of,
@@ -64,7 +63,6 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         whole = one_call(self, input_tensor, skip, temb)
         if whole is None:
             return self._in_parts(_joined(input_tensor, skip), temb)
-        keep_copies(self, *_convolutions(self))
         return resnet_block(**whole, backend=settings.backend)
 
     def _in_parts(self, x: Tensor, temb: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsd.nn import skip as stock
-from fastsd.nn.convolution import is_chosen, is_inference, is_op_convolution, keep_copies
+from fastsd.nn.convolution import is_chosen, is_inference, is_op_convolution
 from fastsd.nn.plain import why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings
 from fastsd_kernels import resnet_block
@@ -26,7 +26,6 @@ class SkippedResnet(Replacement, stock.SkippedResnet):
         settings = active_settings(self)
         if settings is None or why_stock_everywhere() is not None or not _is_one_call(self, input_tensor, skip):
             return stock.SkippedResnet.forward(self, input_tensor, temb, *args, skip=skip, **kwargs)
-        keep_copies(self, "conv_shortcut")
         x = input_tensor.contiguous(memory_format=torch.channels_last)
         return resnet_block(x, **_arguments(self, skip), backend=settings.backend)
 

@@ -5,11 +5,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from torch import nn
-
 from fastsd.gri import GRI
-from fastsd.nn.replacement import SETTINGS, Settings, settings_of
-from fastsd.patching.plan import Change, Plan, plan_patch, plan_unpatch
+from fastsd.patching.plan import Change, GraphsChange, Plan, plan_patch, plan_unpatch
 from fastsd.patching.rule import Rule
 
 Model = TypeVar("Model")
@@ -21,8 +18,8 @@ def patch(
     strict: bool = False,
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
-    max_extra_memory: int | None = None,
     gri: GRI | None = None,
+    cuda_graphs: bool | int | None = None,
 ) -> Model:
     """Replace every module that a rule knows by its fast twin: same weights, same function.
 
@@ -34,7 +31,7 @@ def patch(
     Copies are stock: ``copy.deepcopy`` and ``pickle`` give an unpatched model, which loads without fastsd. Patch
     the copy again.
 
-    Patching twice changes nothing; patching with another ``backend`` or ``max_extra_memory`` switches to it.
+    Patching twice changes nothing; patching with another ``backend`` switches to it.
 
     Args:
         model: a U-Net, ControlNet, VAE or any other module that holds modules that a rule knows, or a pipeline with
@@ -43,13 +40,13 @@ def patch(
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` for every op; ``None`` leaves the choice to
             each op at each call.
         rules: rules to use, or names of registered ones; ``None`` for all that are registered.
-        max_extra_memory: bytes that transformed copies of weights may take, which the CPU's convolutions are faster
-            with; ``None`` for what an earlier patch of the model set, else the bytes of its parameters.
-            Each call that sets a new bound counts from zero, so patch a model as a whole. Copies are made when a
-            layer first runs, and again when its weights have changed; 0 keeps none.
         gri: puts global-regional interactive attention in the place of some self-attentions, which changes what the
             model computes; ``None`` for what an earlier patch of the model set, at first none. :func:`report` calls
             such layers approximate.
+        cuda_graphs: records what a U-Net or ControlNet does on a CUDA device, once for each shape of its inputs, and
+            replays it in later calls; the most recordings that a model keeps, ``True`` for 8, ``False`` or 0 for
+            none, ``None`` for what an earlier patch of the model set, at first none. A call that cannot be replayed
+            runs as without; :func:`report` says why.
 
     Returns:
         ``model`` itself.
@@ -57,8 +54,10 @@ def patch(
     Raises:
         TypeError: ``model`` is neither a module nor a pipeline, or ``gri`` no :class:`fastsd.GRI`.
         ValueError: ``model`` holds no module that a rule knows, there is no such backend or rule,
-            ``max_extra_memory`` is not a number of bytes, or ``gri`` names a level without transformers.
-        PatchError: ``strict``, and some module was refused; the message names each with the reason.
+            ``gri`` names a level without transformers, or ``cuda_graphs`` is not a number of graphs or ``model``
+            nothing that they serve.
+        PatchError: ``strict``, and some module was refused; the message names each with the reason. Or something
+            else, such as an offloading hook, stands in the place of the forward that ``cuda_graphs`` is to record.
         BackendUnavailable: ``backend`` cannot run here, or not where the model is.
 
     An error leaves the model as it was.
@@ -66,7 +65,7 @@ def patch(
     Warns:
         UserWarning: not ``strict``, and some module was refused; :func:`report` names each with the reason.
     """
-    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, max_extra_memory=max_extra_memory, gri=gri)
+    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, gri=gri, cuda_graphs=cuda_graphs)
     make(plan.changes)
     _warn_of_refusals(plan)
     return model
@@ -96,49 +95,38 @@ def patched(
     strict: bool = False,
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
-    max_extra_memory: int | None = None,
     gri: GRI | None = None,
+    cuda_graphs: bool | int | None = None,
 ) -> Iterator[Model]:
     """Patch ``model`` for the length of a ``with`` block; arguments and errors are those of :func:`patch`.
 
     On exit it undoes what it did and nothing else: a module that was patched before stays patched, with the
     settings that it had, and one that was patched anew inside the block keeps what it got there.
     """
-    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, max_extra_memory=max_extra_memory, gri=gri)
+    plan = plan_patch(model, strict=strict, backend=backend, rules=rules, gri=gri, cuda_graphs=cuda_graphs)
     before = make(plan.changes)
     _warn_of_refusals(plan)
     try:
         yield model
     finally:
-        there = [settings_of(c.module) is c.settings and type(c.module) is c.cls for c in plan.changes]
+        there = [change.is_made() for change in plan.changes]
         # where nothing of it is left, the model has been unpatched, and what had been made stock stays so
-        is_left = any(is_there and c.settings is not None for is_there, c in zip(there, plan.changes, strict=True))
+        is_left = any(is_there and not c.is_stock for is_there, c in zip(there, plan.changes, strict=True))
         make(earlier for earlier, is_there in zip(before, there, strict=True) if is_there and is_left)
 
 
-def make(changes: Iterable[Change]) -> list[Change]:
+def make(changes: Iterable[Change | GraphsChange]) -> list[Change | GraphsChange]:
     """Make every change, or none where one fails; returns the changes that lead back, in the same order."""
-    before: list[Change] = []
+    before: list[Change | GraphsChange] = []
     try:
         for change in changes:
-            before.append(Change(change.module, type(change.module), settings_of(change.module)))
-            _switch(change.module, change.cls, change.settings)
+            before.append(change.back())
+            change.make()
     except BaseException:
         for earlier in reversed(before):
-            _switch(earlier.module, earlier.cls, earlier.settings)
+            earlier.make()
         raise
     return before
-
-
-def _switch(module: nn.Module, cls: type[nn.Module], settings: Settings | None) -> None:
-    module.__class__ = cls
-    if settings is None:
-        module.__dict__.pop(SETTINGS, None)
-        return
-    module.__dict__[SETTINGS] = settings
-    for child in module.modules():
-        if type(child) is nn.Conv2d and isinstance(child._parameters.get("weight"), nn.Parameter):
-            settings.budget.admit(child.weight)
 
 
 def _warn_of_refusals(plan: Plan) -> None:

@@ -8,18 +8,14 @@ from torch import nn
 
 from fastsd.compress.compression import Compression
 from fastsd.gri import GRI, level_of, levels_of
-from fastsd.nn.replacement import Settings, settings_of
+from fastsd.nn.graphs import MOST, Graphs, give_graphs, graphs_of, has_forward_of_another, takes_timestep
+from fastsd.nn.replacement import SETTINGS, Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.rules.gri_attention import GRIRule, gri_rule
 from fastsd.patching.rules.transformer import TRANSFORMER
 from fastsd.patching.rules.transformer_block import TRANSFORMER_BLOCK
 from fastsd.patching.survey import Finding, parts_of, survey
-from fastsd_kernels.conv2d.packed_weights import WeightBudget
 from fastsd_kernels.dispatch import BACKENDS
-
-# times the bytes of the model's parameters. A stock model takes more than these when it runs, so that the peak of a
-# patched one stays below twice that; and all copies that SD1.5's 64² latents ask for find room
-DEFAULT_EXTRA_MEMORY = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,12 +26,52 @@ class Change:
     cls: type[nn.Module]
     settings: Settings | None
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether it leaves nothing of fastsd."""
+        return self.settings is None
+
+    def is_made(self) -> bool:
+        return settings_of(self.module) is self.settings and type(self.module) is self.cls
+
+    def back(self) -> "Change":
+        """What leads back to where the module is now."""
+        return Change(self.module, type(self.module), settings_of(self.module))
+
+    def make(self) -> None:
+        self.module.__class__ = self.cls
+        if self.settings is None:
+            self.module.__dict__.pop(SETTINGS, None)
+        else:
+            self.module.__dict__[SETTINGS] = self.settings
+
+
+@dataclass(frozen=True)
+class GraphsChange:
+    """One model's next CUDA graphs; ``None`` for none."""
+
+    root: nn.Module
+    graphs: Graphs | None
+
+    @property
+    def is_stock(self) -> bool:
+        return self.graphs is None
+
+    def is_made(self) -> bool:
+        return graphs_of(self.root) is self.graphs
+
+    def back(self) -> "GraphsChange":
+        return GraphsChange(self.root, graphs_of(self.root))
+
+    def make(self) -> None:
+        give_graphs(self.root, self.graphs)
+
 
 @dataclass(frozen=True)
 class Plan:
     """What ``patch`` is about to do: the changes, and the modules that a rule knows but refuses."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[Change | GraphsChange, ...]
     refused: tuple[Finding, ...]
 
 
@@ -45,8 +81,8 @@ def plan_patch(
     strict: bool = False,
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
-    max_extra_memory: int | None = None,
     gri: GRI | None = None,
+    cuda_graphs: bool | int | None = None,
 ) -> Plan:
     """The plan of ``patch``, with its arguments and its errors; changes nothing."""
     if gri is None and rules is None:
@@ -67,24 +103,49 @@ def plan_patch(
             f"model: expected one that holds a module that a rule knows ({targets or 'there is no rule'}); "
             f"{type(model).__name__} holds none (the model itself is never replaced, only modules in it)"
         )
-    if max_extra_memory is not None and (type(max_extra_memory) is not int or max_extra_memory < 0):
-        raise ValueError(f"max_extra_memory: expected a number of bytes, or None; got {max_extra_memory!r}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     refused = tuple(finding for finding in known if finding.refusal is not None)
     if strict and refused:
         raise PatchError(f"{len(refused)} of {len(known)} modules cannot be replaced: {describe(refused)}")
-    budget = _budget(model, max_extra_memory)
     changes = [] if gri is None else _without_earlier_gri(model, by_module)
     for finding in known:
         # a module that is replaced already may be refused for now, and run the fast forward again later
         is_earlier = isinstance(finding.rule, GRIRule) and _is_replaced(finding.module)
         if finding.rule is not None and (finding.refusal is None or is_earlier):
             _require_backend(finding.rule, finding.module, backend)
-            change = _change(finding.rule, finding.module, backend, budget)
+            change = _change(finding.rule, finding.module, backend)
             if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):
                 changes.append(change)
-    return Plan((*changes, *_transformers_anew(changes, known)), refused)
+    of_graphs = _graphs_changes(model, cuda_graphs)
+    return Plan((*changes, *_transformers_anew(changes, known), *of_graphs), refused)
+
+
+def _graphs_changes(model: Any, cuda_graphs: bool | int | None) -> list[GraphsChange]:
+    if cuda_graphs is None:
+        return []
+    if type(cuda_graphs) not in (bool, int) or cuda_graphs < 0:
+        raise ValueError(f"cuda_graphs: expected True, False or a number of graphs, or None; got {cuda_graphs!r}")
+    most = MOST if cuda_graphs is True else int(cuda_graphs)
+    if most == 0:
+        return [GraphsChange(root, None) for root in parts_of(model).values() if graphs_of(root) is not None]
+    changes = []
+    roots = {name: root for name, root in parts_of(model).items() if takes_timestep(root)}
+    if not roots:
+        raise ValueError(
+            "cuda_graphs: expected a U-Net, a ControlNet or a pipeline with one, which pipelines call by their "
+            f"forward with a timestep; got {type(model).__name__}"
+        )
+    for name, root in roots.items():
+        if has_forward_of_another(root):
+            raise PatchError(
+                f"cuda_graphs: {name or type(root).__name__} has an instance forward (an offloading hook?), which "
+                "graphs would have to go inside of: take it off, patch, and put it on again"
+            )
+        earlier = graphs_of(root)
+        if earlier is None or earlier.most != most or earlier.given_up is not None:
+            changes.append(GraphsChange(root, Graphs(most)))
+    return changes
 
 
 def _planned_gri(model: Any) -> GRI | None:
@@ -157,9 +218,11 @@ def _without_earlier_gri(model: Any, by_module: Container[nn.Module]) -> list[Ch
 
 def plan_unpatch(model: Any) -> Plan:
     """The plan of ``unpatch``, with its argument and its errors; changes nothing."""
-    changes = []
+    changes: list[Change | GraphsChange] = []
     for root in parts_of(model).values():
         for path, module in root.named_modules():
+            if graphs_of(module) is not None:
+                changes.append(GraphsChange(module, None))
             settings = settings_of(module)
             if settings is None:
                 continue
@@ -177,24 +240,10 @@ def describe(refused: Iterable[Finding]) -> str:
     return "; ".join(f"{finding.path}: {finding.refusal}" for finding in refused)
 
 
-def _budget(model: Any, max_extra_memory: int | None) -> WeightBudget:
-    """The one that an earlier patch of the model left, unless another bound is wanted; else a new one."""
-    roots = list(parts_of(model).values())
-    for root in roots:
-        for module in root.modules():
-            settings = settings_of(module)
-            if settings is not None and max_extra_memory in (None, settings.budget.max_bytes):
-                return settings.budget
-    if max_extra_memory is None:
-        parameters = {id(p): p.nbytes for root in roots for p in root.parameters()}
-        max_extra_memory = int(DEFAULT_EXTRA_MEMORY * sum(parameters.values()))
-    return WeightBudget(max_extra_memory)
-
-
-def _change(rule: Rule, module: nn.Module, backend: str | None, budget: WeightBudget) -> Change:
+def _change(rule: Rule, module: nn.Module, backend: str | None) -> Change:
     settings = settings_of(module)
     stock = type(module) if settings is None else settings.stock
-    return Change(module, rule.replacement_class(), Settings(rule, stock, backend, budget))
+    return Change(module, rule.replacement_class(), Settings(rule, stock, backend))
 
 
 def _require_backend(rule: Rule, module: nn.Module, backend: str | None) -> None:

@@ -12,7 +12,6 @@ from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import Sample, check_op, feature_map
 
 LIKE = {"device": "cpu", "dtype": torch.float32}
-TILES = (1, 2, 4)
 
 
 assert cpu_impl.unavailable() is None  # which loads the kernels
@@ -30,14 +29,19 @@ def drawn(batch, channels, height, width, out_channels, experts, layout="channel
     return x, kernels, {"routing_weight": routing, "padding": 1, "num_groups": 8, "activation": "silu"}
 
 
-@pytest.fixture(params=TILES, ids=lambda tile: f"tile_{tile}")
-def tile(request, monkeypatch):
-    monkeypatch.setattr(cpu_impl, "_tile", lambda call: request.param)
+@pytest.fixture(params=["product", "winograd2", "winograd4"])
+def algorithm(request, monkeypatch):
+    """What is taken for every convolution that has the choice."""
+    monkeypatch.setattr(cpu_costs, "cheapest", lambda call, but=(): request.param if _is_3x3(call) else "product")
     return request.param
 
 
+def _is_3x3(call):
+    return call.kernel == 3 and call.stride == 1
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_threads_do_not_change_a_bit(tile, layout):
+def test_threads_do_not_change_a_bit(algorithm, layout):
     x, experts, given = drawn(3, 96, 40, 33, 72, 3, layout)
     threads = torch.get_num_threads()
     results = []
@@ -52,7 +56,7 @@ def test_threads_do_not_change_a_bit(tile, layout):
 
 
 @pytest.mark.parametrize("shape", [(2, 320, 64, 64, 320), (3, 640, 32, 32, 640), (2, 1280, 8, 8, 1280)], ids=str)
-def test_error_at_real_sizes(tile, shape):
+def test_error_at_real_sizes(algorithm, shape):
     batch, channels, height, width, out_channels = shape
     x, experts, given = drawn(batch, channels, height, width, min(out_channels, 72), 3)
     exact = cond_conv2d(
@@ -64,7 +68,7 @@ def test_error_at_real_sizes(tile, shape):
     assert relative_l2(cond_conv2d(x, experts, **given, backend="cpu"), exact) <= 3e-5
 
 
-def test_blocks_that_hold_parts_of_several_samples(tile):
+def test_blocks_that_hold_parts_of_several_samples(algorithm):
     """More tiles than a block holds, and a block that ends inside a sample."""
     x, experts, given = drawn(5, 48, 131, 90, 40, 2)
     exact = cond_conv2d(x.double(), experts.double(), **given, backend="reference")
@@ -72,14 +76,13 @@ def test_blocks_that_hold_parts_of_several_samples(tile):
 
 
 @pytest.mark.parametrize("isa", cpu_runtime.ISAS)
-@pytest.mark.parametrize("tile", [2, 4])
-def test_every_sample_by_winograd(tile, isa, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"], indirect=True)
+def test_every_sample_by_winograd(algorithm, isa, monkeypatch):
     """The backend takes columns for samples as small as these."""
     index = cpu_runtime.ISAS.index(isa)
     if index > cpu_runtime.isa():
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setattr(cpu_runtime, "isa", lambda: index)
-    monkeypatch.setattr(cpu_impl, "_tile", lambda call: tile if call.kernel == 3 and call.stride == 1 else 1)
     for sample in op.cases.samples("cpu", torch.float32):
         check_op(op, Sample(sample.name, sample.kwargs, WINOGRAD_RELATIVE_L2), "cpu")
 
@@ -123,12 +126,13 @@ def test_16_bits_go_to_torchs_convolution(monkeypatch):
     assert taken == ["mix_first"]
 
 
-def test_the_choice_of_tiles():
-    def chosen(channels, side, batch=2):
-        return cpu_impl._tile(cpu_costs.Call(batch, channels, channels, side, side, 3, 1, 0))
+def test_no_choice_is_torchs_own_convolution():
+    def chosen(channels, side, batch=1):
+        return cpu_costs.cheapest(cpu_costs.Call(batch, channels, channels, side, side, 3, 1, 0), but=["direct"])
 
-    assert chosen(320, 64) == chosen(640, 32) == 4
-    assert chosen(1280, 8) != 4
+    assert chosen(320, 64) == chosen(640, 32, 2) == "winograd4"
+    assert chosen(1280, 8) == "winograd2"
+    assert chosen(16, 1) == "product"  # torch's by itself
 
 
 def test_refusals():

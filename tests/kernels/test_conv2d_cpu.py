@@ -1,19 +1,25 @@
 """What only the CPU backend promises: the choice of an algorithm, any number of threads, real sizes, NaN and Inf."""
 
-import errno
-import mmap
+import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastsd_kernels import conv2d, cpu_runtime
-from fastsd_kernels.conv2d import cpu_costs, cpu_impl, op, packed_weights
-from fastsd_kernels.conv2d.packed_weights import WeightBudget
+from fastsd_kernels.conv2d import cpu_costs, op
+from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import feature_map
 
 LIKE = {"device": "cpu", "dtype": torch.float32}
 WINOGRAD = ("winograd2", "winograd4")
+WEIGHT_LAYOUTS = {
+    "contiguous": lambda weight: weight,
+    "channels_last": lambda weight: weight.contiguous(memory_format=torch.channels_last),
+    "every_other_channel": lambda weight: torch.stack([weight, weight], 2).flatten(1, 2)[:, ::2],
+    "transposed": lambda weight: weight.transpose(0, 1).contiguous().transpose(0, 1),
+}
 
 
 def relative_l2(actual, exact):
@@ -22,9 +28,12 @@ def relative_l2(actual, exact):
 
 @pytest.mark.parametrize("algorithm", ["product", *WINOGRAD])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_threads_do_not_change_a_bit(layout, algorithm):
-    x, skip = (feature_map((3, channels, 40, 33), layout, **LIKE, seed=1) for channels in (96, 64))
-    weight = feature_map((72, 160, 3, 3), "contiguous", **LIKE) / 38
+@pytest.mark.parametrize(
+    ("channels", "size"), [((96, 64), (40, 33)), ((1000, 600), (19, 14))], ids=["large map", "many channels"]
+)
+def test_threads_do_not_change_a_bit(channels, size, layout, algorithm):
+    x, skip = (feature_map((3, count, *size), layout, **LIKE, seed=1) for count in channels)
+    weight = feature_map((72, sum(channels), 3, 3), "contiguous", **LIKE) / (3 * sum(channels) ** 0.5)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -58,6 +67,73 @@ def test_a_large_map_is_cut_into_blocks():
         assert relative_l2(conv2d(x, weight, padding=1, algorithm=algorithm, backend="cpu"), exact) <= 3e-5
 
 
+@pytest.mark.parametrize("isa", cpu_runtime.ISAS)
+@pytest.mark.parametrize("algorithm", WINOGRAD)
+@pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize(("channels", "out_channels"), [(19, 1), (229, 33), (515, 7), (1601, 40)])
+def test_weights_of_every_layout_and_size(channels, out_channels, layout, algorithm, isa, monkeypatch):
+    """Channels that fill no vector and no panel, and more of them than are transformed at once, for several blocks."""
+    index = cpu_runtime.ISAS.index(isa)
+    if index > cpu_runtime.isa():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(cpu_runtime, "isa", lambda: index)
+    x = feature_map((2, channels, 33, 30), "channels_last", **LIKE)
+    weight = feature_map((out_channels, channels, 3, 3), "contiguous", **LIKE, seed=1) / (3 * channels**0.5)
+    laid_out = WEIGHT_LAYOUTS[layout](weight)
+    assert torch.equal(laid_out, weight)
+    y = conv2d(x, laid_out, padding=1, algorithm=algorithm, backend="cpu")
+    exact = conv2d(x.double(), weight.double(), padding=1, backend="reference")
+    assert relative_l2(y, exact) <= WINOGRAD_RELATIVE_L2
+
+
+@pytest.mark.parametrize("algorithm", ["product", *WINOGRAD])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [20, 1601])
+def test_weights_that_are_edited_between_calls(channels, layout, algorithm):
+    """However small the edit, and whether or not torch knows of it."""
+    x = feature_map((1, channels, 9, 10), "channels_last", **LIKE)
+    weight = WEIGHT_LAYOUTS[layout](feature_map((33, channels, 3, 3), "contiguous", **LIKE) / (3 * channels**0.5))
+
+    def convolve():
+        return conv2d(x, weight, padding=1, algorithm=algorithm, backend="cpu")
+
+    first = convolve()
+    version, address = weight._version, weight.data_ptr()
+    weight.data[32, channels - 1, 1, 1] += 50
+    second = convolve()
+    assert (weight._version, weight.data_ptr()) == (version, address)
+    # the tap in the middle adds a multiple of one channel to another
+    expected = first.double()
+    expected[:, 32] += 50 * x[:, -1].double()
+    assert relative_l2(second, expected) <= WINOGRAD_RELATIVE_L2
+    assert relative_l2(second, first.double()) > 0.1
+    weight.data[32, channels - 1, 1, 1] -= 50
+    third = convolve()
+    assert relative_l2(third, first.double()) <= WINOGRAD_RELATIVE_L2
+
+
+def resident_bytes():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells how much memory a process has")
+@pytest.mark.parametrize("algorithm", ["product", *WINOGRAD])
+def test_nothing_is_kept_of_weights(algorithm):
+    x = feature_map((1, 320, 8, 8), "channels_last", **LIKE)
+    weights = [feature_map((320, 320, 3, 3), "contiguous", **LIKE, seed=seed) for seed in range(16)]
+
+    def convolve():
+        for weight in weights:
+            conv2d(x, weight, padding=1, algorithm=algorithm, backend="cpu")
+
+    conv2d(x, weights[0].clone(), padding=1, algorithm=algorithm, backend="cpu")
+    before = resident_bytes()
+    convolve()
+    convolve()
+    assert resident_bytes() - before < sum(weight.nbytes for weight in weights) / 4
+
+
 @pytest.mark.parametrize("algorithm", WINOGRAD)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_tiles(value, algorithm):
@@ -78,25 +154,37 @@ def call(channels, side, kernel=3, stride=1):
     return cpu_costs.Call(1, channels, channels, side, side, kernel, stride, 0)
 
 
-@pytest.mark.parametrize(
-    ("channels", "side", "kept"),
-    [(320, 64, "winograd4"), (640, 32, "winograd4"), (1280, 16, "winograd2"), (1280, 8, "product")],
-)
-def test_choice_with_copies(channels, side, kept):
-    assert cpu_costs.cheapest(call(channels, side), None, 10**10) == kept
+@pytest.mark.parametrize(("channels", "side"), [(320, 64), (640, 32), (1280, 16)])
+def test_large_maps_by_f4x4(channels, side):
+    assert cpu_costs.cheapest(call(channels, side)) == "winograd4"
 
 
-def test_choice_without_copies():
-    """Packing for one call pays on large maps and not on small ones."""
-    assert cpu_costs.cheapest(call(320, 64)) == "winograd4"
-    assert cpu_costs.cheapest(call(1280, 8)) == "product"
-    assert cpu_costs.cheapest(call(320, 8)) != "direct"
+@pytest.mark.parametrize("channels", [320, 1280])
+def test_small_maps_by_winograd(channels):
+    """Transforming the weights pays even for a few tiles; torch's convolution reorders them, which takes longer."""
+    assert cpu_costs.cheapest(call(channels, 8)) in WINOGRAD
+    assert cpu_costs.cheapest(call(channels, 8), but=WINOGRAD) == "product"
 
 
-def test_a_copy_that_is_there_is_preferred():
-    costs = cpu_costs.costs(call(1280, 16), 4, 0)
-    assert costs["winograd4"] < costs["winograd2"]
-    assert cpu_costs.costs(call(1280, 16), 2, 0)["winograd2"] < costs["winograd2"]
+def test_winograd_only_where_time_counts():
+    """Its rounding errors are larger; a convolution as small as this takes next to none."""
+    small = call(64, 12)
+    assert cpu_costs.cheapest(small) not in WINOGRAD
+    assert cpu_costs.cost("winograd4", small) < cpu_costs.cost(cpu_costs.cheapest(small), small)
+
+
+def test_few_channels_by_torch():
+    assert cpu_costs.cheapest(cpu_costs.Call(1, 4, 320, 64, 64, 3, 1, 0)) == "direct"
+    assert cpu_costs.cheapest(cpu_costs.Call(1, 320, 4, 64, 64, 3, 1, 0)) == "direct"
+
+
+def test_columns_where_winograd_cannot():
+    """With few positions, or with passes around torch's convolution that columns do not need."""
+    assert cpu_costs.cheapest(call(1280, 8, stride=2)) == "product"
+    assert cpu_costs.cheapest(call(1280, 8, kernel=1)) == "product"
+    alone = call(128, 256, kernel=1)
+    assert cpu_costs.cheapest(alone) == "direct"
+    assert cpu_costs.cheapest(dataclasses.replace(alone, extra_bytes=3 * 4 * 128 * 256**2)) == "product"
 
 
 def test_only_plain_float32_is_transformed(monkeypatch):
@@ -129,127 +217,3 @@ def test_refusals():
         conv2d(x, weight, algorithm="implicit_gemm", backend="cpu")
     meta = op.backends["cpu"].reject(x.to("meta"), weight.to("meta"), None, 1, None)
     assert "needs CPU tensors" in meta
-
-
-class TestBudget:
-    @pytest.mark.parametrize("isa", cpu_runtime.ISAS)
-    def test_digest(self, isa):
-        """Every bit counts, and so do changes that cancel in a sum: of signs, of exponents, of places."""
-        index = cpu_runtime.ISAS.index(isa)
-        if index > cpu_runtime.isa():
-            pytest.skip(f"this processor has no {isa}")
-
-        def digest(weight):
-            return torch.ops.fastsd_cpu.digest.default(weight, index)
-
-        weight = feature_map((128, 128, 3, 3), "contiguous", **LIKE)
-        seen = {digest(weight)}
-        assert digest(weight.clone()) in seen
-        negated, doubled, half, row, column = (weight.clone() for _ in range(5))
-        negated.neg_()
-        doubled.mul_(2)
-        half[:64].neg_()
-        row[0].neg_()
-        column[:, 0].neg_()
-        swapped = weight.flatten()[[1, 0, *range(2, weight.numel())]].view_as(weight)
-        changed = [negated, doubled, half, row, column, swapped, weight.flatten()[:-1], weight.flatten()[1:]]
-        words = weight.view(torch.int32).view(-1)
-        for at in range(0, words.numel(), 9973):
-            for bit in (1, 1 << 13, 1 << 30, -(1 << 31)):
-                flipped = words.clone()
-                flipped[at] ^= bit
-                changed.append(flipped)
-        for other in changed:
-            found = digest(other)
-            assert found not in seen
-            seen.add(found)
-
-    def test_an_edit_during_packing_is_not_lost(self):
-        budget = packed_weights.WeightBudget(10**6)
-        weight = torch.randn(8, 8, 3, 3)
-        budget.admit(weight)
-
-        def pack_and_edit(weight, tile):
-            made = cpu_impl._pack(weight, tile)
-            weight.data.mul_(3)
-            return made
-
-        packed_weights.packed(weight, 2, 1, pack_and_edit)
-        assert torch.equal(packed_weights.packed(weight, 2, 1, cpu_impl._pack), cpu_impl._pack(weight, 2))
-
-    @pytest.mark.parametrize(
-        "weight",
-        [
-            torch.randn(8, 16, 3, 3)[:, ::2],
-            torch.randn(1, 8, 3, 3).expand(8, -1, -1, -1),
-            torch.randn(8, 8, 3, 3).transpose(0, 1),
-            torch.randn(8, 8, 3, 3).half(),
-        ],
-        ids=["gaps", "expanded", "transposed", "half"],
-    )
-    def test_what_cannot_be_digested_is_packed_for_the_call(self, weight):
-        budget = packed_weights.WeightBudget(10**6)
-        budget.admit(weight)
-        packed_weights.packed(weight, 2, 1, cpu_impl._pack)
-        assert budget.used_bytes == 0
-
-    def test_a_copy_that_is_not_used_is_freed(self):
-        budget = packed_weights.WeightBudget(10**6)
-        x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
-        budget.admit(weight)
-        conv2d(x, weight, padding=1, algorithm="winograd2")
-        assert budget.used_bytes > 0
-        conv2d(x, weight, padding=1, algorithm="direct")
-        assert budget.used_bytes == 0
-
-    def test_a_weight_without_a_budget_is_packed_for_the_call(self):
-        weight = torch.randn(8, 8, 3, 3)
-        assert packed_weights.budget_of(weight) is None
-        first, second = (packed_weights.packed(weight, 2, 1, cpu_impl._pack) for _ in range(2))
-        assert first is not second
-        assert torch.equal(first, second)
-
-    def test_copies_end_with_the_weight_and_the_budget(self):
-        budget = packed_weights.WeightBudget(10**6)
-        weight = torch.randn(8, 8, 3, 3)
-        budget.admit(weight)
-        assert packed_weights.packed(weight, 2, 1, cpu_impl._pack) is packed_weights.packed(
-            weight, 2, 1, cpu_impl._pack
-        )
-        assert budget.used_bytes == budget.bytes_of(weight) == 16 * 8 * 32 * 4
-        assert packed_weights.kept(weight).tile == 2
-        other = torch.randn(8, 8, 3, 3)
-        budget.admit(other)
-        packed_weights.packed(other, 2, 1, cpu_impl._pack)
-        del other
-        assert budget.used_bytes == budget.bytes_of(weight)
-        del budget
-        assert packed_weights.budget_of(weight) is None
-
-    def test_negative_bound(self):
-        with pytest.raises(ValueError, match="max_bytes: expected a number that is not negative; got -1"):
-            packed_weights.WeightBudget(-1)
-
-
-@torch.no_grad()
-def test_a_weight_that_several_convolutions_share():
-    """A copy that one keeps is no choice for another that it cannot serve."""
-    weight, budget = torch.randn(64, 64, 3, 3) / 24, WeightBudget(1 << 30)
-    budget.admit(weight)
-    small, large = torch.randn(1, 64, 32, 32), torch.randn(1, 64, 64, 64)
-    conv2d(small, weight, padding=1)
-    assert packed_weights.kept(weight) is not None
-    y = conv2d(large, weight, stride=2, padding=1)
-    torch.testing.assert_close(y, torch.conv2d(large, weight, stride=2, padding=1), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_system_without_large_pages(monkeypatch):
-    class Pages(mmap.mmap):
-        def madvise(self, *args):
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(cpu_impl.mmap, "mmap", Pages)
-    x, weight = torch.randn(1, 64, 32, 32), torch.randn(64, 64, 3, 3) / 24
-    y = conv2d(x, weight, padding=1, algorithm="winograd4")
-    torch.testing.assert_close(y, torch.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)

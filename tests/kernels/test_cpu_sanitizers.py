@@ -16,7 +16,7 @@ spec = importlib.util.spec_from_file_location("fastsd_kernels._cpu", sys.argv[1]
 sys.modules["fastsd_kernels._cpu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fastsd_kernels._cpu"])
 from fastsd_kernels import cpu_runtime
-import fastsd_kernels
+from fastsd_kernels import conv2d
 from fastsd_kernels.dispatch import ops
 from fastsd_kernels.testing import check_op
 cpu_runtime.unavailable()
@@ -26,7 +26,7 @@ if "skip of half the rows" in sys.argv:
     kernels.group_norm_silu(x, skip, None, None, None, 4, 1e-5, True, False, 0, whole)
 if "norm of half the channels" in sys.argv:
     source = torch.arange(66, dtype=torch.int32) - 1
-    weights, norm = torch.randn(16, 1, 8, 32), torch.randn(1, 3, 4)
+    weights, norm = torch.randn(16, 8, 3, 3), torch.randn(1, 3, 4)
     kernels.conv2d(x, None, norm, True, source, source, weights, 2, 3, 1, None, None, None, 1.0, 0, whole)
 if "means of half the channels" in sys.argv:
     kernels.group_norm_silu_mean(x, None, None, None, 4, 1e-5, True, 0, torch.empty_like(x), torch.empty(1, 4))
@@ -39,6 +39,10 @@ for isa in range(cpu_runtime.isa() + 1):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for sample in op.cases.samples("cpu", dtype):
                 check_op(op, sample.map_tensors(lambda t: t.clone()), "cpu")
+    for algorithm in ("product", "winograd2", "winograd4"):  # more channels than have their weights transformed at once
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            wide = torch.randn(33, 1601, 3, 3).contiguous(memory_format=memory_format)
+            conv2d(torch.randn(1, 1601, 7, 5), wide, padding=1, algorithm=algorithm, backend="cpu")
 print("sanitized run complete")
 """
 

@@ -109,7 +109,8 @@ def _mix_in_loop(
     out_size: tuple[int, int],
 ) -> Tensor:
     _, out_channels, channels, kernel, _ = experts.shape
-    tile = _tile(cpu_costs.Call(x.shape[0], channels, out_channels, *out_size, kernel, stride, 0))
+    call = cpu_costs.Call(x.shape[0], channels, out_channels, *out_size, kernel, stride, 0)
+    tile = TILES[cpu_costs.cheapest(call, but=["direct"])]  # mixing costs all about the same
     geometry = (out_channels, kernel, stride, padding, x.shape[2:], out_size)
     surroundings = (activation, None, channel_bias, residual, output_scale)
     return conv2d.multiply(x, experts.contiguous(), tile, *geometry, skip, norm, *surroundings, weights.contiguous())
@@ -171,8 +172,3 @@ def _concat(
 
 
 _STRATEGIES = {"mix_in_loop": _mix_in_loop, "mix_first": _mix_first, "concat": _concat}
-
-
-def _tile(call: cpu_costs.Call) -> int:
-    """That of the fastest algorithm by the model of conv2d's costs; mixing costs all about the same."""
-    return TILES[min((a for a in call.algorithms if a != "direct"), key=lambda a: cpu_costs.compute_cost(a, call))]

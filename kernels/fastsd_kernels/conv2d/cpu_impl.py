@@ -1,9 +1,7 @@
 """The CPU backend: products of matrices in C++ (``csrc/cpu/conv2d.cpp``), or torch's convolution where that wins."""
 
-import contextlib
 import functools
 import math
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels import cpu_runtime
-from fastsd_kernels.conv2d import composed, cpu_costs, packed_weights
-from fastsd_kernels.conv2d.sizes import TILES, packed_shape
+from fastsd_kernels.conv2d import composed, cpu_costs
+from fastsd_kernels.conv2d.sizes import TILES
 from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense, output_size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,16 +63,14 @@ def run(
     out_size = output_size(size, weight.shape[2], stride, padding)
     call = _call(x, weight, stride, out_size, skip, num_groups, activation, residual)
     if algorithm is None:
-        algorithm = _choose(x, weight, call)
+        algorithm = _choose(x, call)
     norm = (num_groups, norm_weight, norm_bias, eps, mean, rstd)
-    if not algorithm.startswith("winograd"):
-        packed_weights.forget(weight)
     if algorithm == "direct" or call.is_empty:
         surroundings = (activation, upsample_size, channel_bias, residual, output_scale)
         return composed.run(x, weight, bias, stride, padding, skip, *norm, *surroundings)
 
     tile = TILES[algorithm]
-    weights = _as_is(weight) if tile == 1 else packed_weights.packed(weight, tile, call.positions, _pack)
+    weights = weight if is_dense(weight, False) or is_dense(weight, True) else weight.contiguous()
     geometry = (weight.shape[0], call.kernel, stride, padding, size, out_size)
     behind = (bias, channel_bias, residual, output_scale)
     return multiply(x, weights, tile, *geometry, skip, norm, activation, *behind)
@@ -148,19 +144,11 @@ def _call(
     return cpu_costs.Call(batch, channels, weight.shape[0], *out_size, kernel, stride, extra)
 
 
-def _choose(x: Tensor, weight: Tensor, call: cpu_costs.Call) -> str:
+def _choose(x: Tensor, call: cpu_costs.Call) -> str:
     """The fastest algorithm by the model; torch's own where it has instructions that the kernels do not use."""
     if call.is_empty or x.dtype != torch.float32 or not is_plain_float32():
         return "direct"
-    kept = packed_weights.kept(weight)
-    if kept is not None and kept.positions == call.positions:
-        # chosen at an earlier call, for a map of this size; another module may have the same weight
-        chosen = next(algorithm for algorithm, tile in TILES.items() if tile == kept.tile)
-        if chosen in call.algorithms:
-            return chosen
-    budget = packed_weights.budget_of(weight)
-    room = 0 if budget is None else budget.room_for(weight, call.positions)
-    return cpu_costs.cheapest(call, None if kept is None else kept.tile, room)
+    return cpu_costs.cheapest(call)
 
 
 def is_plain_float32() -> bool:
@@ -205,29 +193,6 @@ def _source_map(size: int, enlarged: int, before: int, out: int, tile: int, kern
     inside = max(0, min(enlarged, read - before))
     result[before : before + inside] = source[:inside].to(torch.int32)
     return result
-
-
-def _as_is(weight: Tensor) -> Tensor:
-    return weight if is_dense(weight, False) or is_dense(weight, True) else weight.contiguous()
-
-
-def _pack(weight: Tensor, tile: int) -> Tensor:
-    out = _pages(packed_shape(weight.shape[0], weight.shape[1], tile))
-    torch.ops.fastsd_cpu.pack_conv2d.default(weight, tile, out)
-    return out
-
-
-def _pages(shape: Sequence[int]) -> Tensor:
-    """Uninitialised float32 in pages of its own, large ones where the system has them.
-
-    Copies are made among the activations of a model's first forward. In malloc's heap they would part the free memory
-    that later activations are to fit in, so that these would get fresh pages in every forward.
-    """
-    pages = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
 def _float32(parameter: Tensor | None) -> Tensor | None:

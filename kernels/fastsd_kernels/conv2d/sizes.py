@@ -1,4 +1,4 @@
-"""Sizes of the CPU kernels' tiles and packed weights.
+"""Sizes of the CPU kernels' tiles.
 
 A tile is m × m pixels of the result. ``"product"`` has m = 1: each pixel is one product of a column of inputs (im2col)
 with all weights. Winograd's algorithms have a product for each of their (m + 2)² frequencies.
@@ -7,17 +7,11 @@ with all weights. Winograd's algorithms have a product for each of their (m + 2)
 import math
 
 TILES = {"product": 1, "winograd2": 2, "winograd4": 4}
-PANEL = 32  # columns of packed weights that lie side by side
 
 
 def frequencies(tile: int) -> int:
     """How many products a tile takes."""
     return 1 if tile == 1 else (tile + 2) ** 2
-
-
-def packed_shape(out_channels: int, channels: int, tile: int) -> tuple[int, ...]:
-    """Shape of weights that are packed for Winograd's algorithms: frequencies, panels, depth, columns of a panel."""
-    return frequencies(tile), math.ceil(out_channels / PANEL), channels, PANEL
 
 
 def tiles_of(batch: int, height: int, width: int, tile: int) -> int:
