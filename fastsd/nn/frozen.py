@@ -54,20 +54,26 @@ class Frozen:
     Attributes:
         refusal: why a recorded forward would not do what the model's own does, as a sentence; ``None`` where it would.
         tensors: parameters, buffers and all other tensors that modules hold.
+        devices: where these are.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._look()
+
+    def _look(self) -> None:
         self.refusal: str | None = None
         self.tensors: list[Tensor] = []
         self._modules: list[nn.Module] = []
         self._methods: dict[type, list[Any]] = {}
         self._paths: list[str] = []
         self._live: list[Collection[Any]] = []
-        self._walk(root)
+        self._walk()
         self._values = [tuple(live) for live in self._live]
         self._flat = list(chain.from_iterable(self._values))
         self._types = list(map(type, self._modules))
         self._places = self._where()
+        self.devices = sorted({tensor.device for tensor in self.tensors}, key=str)
 
     def change(self) -> str | None:
         """What is different by now, by its path; ``None`` where nothing is."""
@@ -77,6 +83,7 @@ class Frozen:
             for path, live, values in zip(self._paths, self._live, self._values, strict=True):
                 if len(live) != len(values) or not all(map(_is_same, live, values)):
                     return path or "the model itself"
+            self._look()  # what is equal may be another object by now
         if list(map(type, self._modules)) != self._types:
             return "the class of a module"
         if any(_methods(cls) != methods for cls, methods in self._methods.items()):
@@ -84,11 +91,11 @@ class Frozen:
         return "the place of a tensor" if self._where() != self._places else None
 
     def _where(self) -> list[Any]:
-        return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in self.tensors]
+        return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in self.tensors]
 
-    def _walk(self, root: nn.Module) -> None:
+    def _walk(self) -> None:
         seen: set[int] = set()
-        left: list[tuple[str, Any]] = [("", root)]
+        left: list[tuple[str, Any]] = [("", self._root)]
         while left:
             path, found = left.pop()
             if isinstance(found, _OPAQUE) or id(found) in seen:
@@ -99,7 +106,7 @@ class Frozen:
             elif isinstance(found, _CONTAINERS):
                 left += self._add_container(path, found)
             elif not isinstance(found, functools.partial) and hasattr(found, "__dict__"):
-                left += self._add_object(path, found, is_root=found is root)
+                left += self._add_object(path, found, is_root=found is self._root)
 
     def _add_tensor(self, path: str, tensor: Tensor) -> None:
         if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
@@ -162,4 +169,13 @@ def _methods(cls: type) -> list[Any]:
 
 
 def _is_same(now: Any, then: Any) -> bool:
-    return now is then or (type(now) is type(then) and isinstance(now, PLAIN_VALUES) and now == then)
+    """Whether a value is what it was; containers may be others that hold the same."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(now, dict):
+        return list(now) == list(then) and all(map(_is_same, now.values(), then.values()))
+    if isinstance(now, list | tuple):
+        return len(now) == len(then) and all(map(_is_same, now, then))
+    return isinstance(now, PLAIN_VALUES) and now == then

@@ -7,6 +7,7 @@ compiler that traces the model sees its stock forward.
 import functools
 import inspect
 import os
+import sys
 import threading
 import warnings
 from collections import OrderedDict
@@ -70,20 +71,21 @@ class Card:
         """Call ``function`` as it will be recorded: on a stream of its own."""
         caller = torch.cuda.current_stream()
         self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                function()
-        caller.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    function()
+        finally:
+            caller.wait_stream(self._stream)
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Record ``function``: what replays it, and its result, which each replay writes anew."""
         graph = torch.cuda.CUDAGraph()
+        # other threads may do as they like in the meantime
+        recording = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         # torch leaves the capture's stream current where a capture fails
-        with _one_capture, torch.cuda.stream(torch.cuda.current_stream()):
-            # other threads may allocate and wait in the meantime
-            recording = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-            with recording:
-                result = function()
+        with _one_capture, torch.cuda.stream(torch.cuda.current_stream()), recording:
+            result = function()
         return graph.replay, result
 
     def finish(self) -> None:
@@ -166,7 +168,7 @@ class Graphs:
     def _serve(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frozen = self._look_at(root)
         _refuse(_why_not(frozen))
-        device = frozen.tensors[0].device
+        (device,) = frozen.devices
         _refuse("a capture of somebody else's is in progress" if Card.is_capturing(device) else None)
         leaves, spec = tree_flatten(_with_timestep_on(device, root, args, kwargs))
         for leaf in leaves:
@@ -204,8 +206,9 @@ class Graphs:
         return self._frozen
 
     def _record(self, root: nn.Module, leaves: list[Any], spec: TreeSpec) -> _Graph:
-        card = self._card
+        card, frozen = self._card, self._frozen
         assert card is not None
+        assert frozen is not None
         # ordinary tensors even in inference mode, so that it is seen whether they are written into
         with torch.inference_mode(False), torch.no_grad():
             own = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -217,16 +220,22 @@ class Graphs:
 
         with _without_autocast_cache():
             card.warm_up(call)
-            # the first call may have left something on the model; a later one must not
-            self._frozen = Frozen(root)
+            # the first call may leave something on the model, which earlier graphs know nothing of; a later one may not
+            change = frozen.change()
+            if change is not None and self._held:
+                self._drop()
+                raise _NotServed(f"it changed the model, and with it every graph: {change}")
+            if change is not None:
+                frozen = self._frozen = Frozen(root)
             versions = [buffer._version for buffer in inputs]
+            outside = sys.exc_info()[1]  # of whose handler this is a part
             try:
                 replay, output = card.capture(call)
             except Exception as error:
-                causes = [error] if error.__context__ is None else [error.__context__, error]
+                causes = [cause for cause in (error.__context__, error) if cause not in (None, outside)]
                 lines = "; then ".join(str(cause).partition("\n")[0] for cause in causes)
                 raise self._give_up(f"a capture failed ({lines})") from error
-        change = self._frozen.change()
+        change = frozen.change()
         if change is not None:
             raise self._give_up(f"its forward changes the model, which a graph would not: {change}")
         if versions != [buffer._version for buffer in inputs]:
@@ -340,12 +349,11 @@ def _refuse(reason: str | None) -> None:
 
 def _why_not(frozen: Frozen) -> str | None:
     """Why no call of such a model can be served, as a sentence, or ``None``."""
-    devices = sorted({str(tensor.device) for tensor in frozen.tensors})
-    if {torch.device(device).type for device in devices} != {Card.device_type}:
-        where = " and ".join(devices) or "no device"
+    where = " and ".join(map(str, frozen.devices)) or "no device"
+    if {device.type for device in frozen.devices} != {Card.device_type}:
         return f"the model is on {where}, and there are CUDA graphs only on a CUDA device"
-    if len(devices) > 1:
-        return f"the model is on {' and '.join(devices)}, and a graph is of one device"
+    if len(frozen.devices) > 1:
+        return f"the model is on {where}, and a graph is of one device"
     return frozen.refusal
 
 

@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastsd.gri import GRI
+from fastsd.nn.replacement import settings_of
 from fastsd.patching.plan import Change, GraphsChange, Plan, plan_patch, plan_unpatch
 from fastsd.patching.rule import Rule
+from fastsd.patching.survey import parts_of
 
 Model = TypeVar("Model")
 
@@ -112,6 +114,8 @@ def patched(
         there = [change.is_made() for change in plan.changes]
         # where nothing of it is left, the model has been unpatched, and what had been made stock stays so
         is_left = any(is_there and not c.is_stock for is_there, c in zip(there, plan.changes, strict=True))
+        # and where it only took graphs away, an earlier patch tells
+        is_left = is_left or (all(change.is_stock for change in plan.changes) and _is_patched(model))
         make(earlier for earlier, is_there in zip(before, there, strict=True) if is_there and is_left)
 
 
@@ -127,6 +131,11 @@ def make(changes: Iterable[Change | GraphsChange]) -> list[Change | GraphsChange
             earlier.make()
         raise
     return before
+
+
+def _is_patched(model: Any) -> bool:
+    modules = (module for root in parts_of(model).values() for module in root.modules())
+    return any(settings_of(module) is not None for module in modules)
 
 
 def _warn_of_refusals(plan: Plan) -> None:
