@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench import blocks, compress, crossover, gri_fidelity, gri_scaling, op, report, tune, unet
+from bench import blocks, compress, crossover, gri_fidelity, gri_scaling, op, plot, report, tune, unet
 from fastsd.cli import run_safely
 
 
@@ -11,7 +11,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line: the commands with their options."""
     top = argparse.ArgumentParser(prog="bench", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (unet, blocks, op, compress, crossover, gri_scaling, gri_fidelity, tune, report):
+    for command in (unet, blocks, op, compress, crossover, gri_scaling, gri_fidelity, plot, tune, report):
         command.add_parser(commands).set_defaults(run=command.run)
     return top
 

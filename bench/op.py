@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import fastsd_kernels
 from bench import harness
+from bench.blocks import peak
 from fastsd.cli import arguments, environment
 from fastsd.cli.table import text_table
 from fastsd_kernels.dispatch import BackendUnavailable, Op, ops
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
         "op": op.name,
         "device": environment.device_name(device),
         "cache": cache,
+        "copy_bytes_per_s": ceiling,
+        "peak_flops_per_s": peak(device),
         "commit": harness.commit(),
         "versions": environment.versions(),
     }

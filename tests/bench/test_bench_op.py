@@ -25,7 +25,10 @@ def test_result_file(tmp_path, capsys):
     path = tmp_path / "result.json"
     assert bench("--cases", CASE, "--json", str(path)) == 0
     result = json.loads(path.read_text())
-    assert list(result) == ["op", "device", "cache", "commit", "versions", "rows"]
+    assert list(result) == [
+        *("op", "device", "cache", "copy_bytes_per_s", "peak_flops_per_s"),
+        *("commit", "versions", "rows"),
+    ]
     assert (result["op"], result["cache"]) == ("group_norm_silu", "warm")
     eager, fast = result["rows"]
     assert list(eager) == ["case", "provider", "dtype", "median_s", "bytes", "flops", "speedup"]
