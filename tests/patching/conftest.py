@@ -5,6 +5,23 @@ import torch
 
 from fastsd_kernels.linear import cpu_speed
 
+# What must hold whichever product linear layers run through: the rows of docs/compatibility.md
+EITHER_PRODUCT = (
+    "test_patch_adapters",
+    "test_patch_compile",
+    "test_patch_copies",
+    "test_patch_exact",
+    "test_patch_hooks",
+    "test_patch_verbs",
+    "test_patch_weights",
+)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__.rpartition(".")[2] in EITHER_PRODUCT:
+        metafunc.fixturenames.append("_own_product")
+        metafunc.parametrize("_own_product", [False, True], ids=["torchs_product", "own_product"], indirect=True)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -17,8 +34,13 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_measured_speed(monkeypatch):
-    """What is replaced by what must not depend on the processor; test_patch_feed_forward.py tries the other case."""
+    """What is replaced by what must not depend on the processor; EITHER_PRODUCT and others try the other case."""
     monkeypatch.setattr(cpu_speed, "_is_faster", False)
+
+
+@pytest.fixture
+def _own_product(request, monkeypatch, _no_measured_speed):
+    monkeypatch.setattr(cpu_speed, "_is_faster", request.param)
 
 
 @pytest.fixture(autouse=True)
