@@ -149,7 +149,9 @@ struct Convolution {
           }
         }
       }
+      matrix.release_above(kBlockBytes / int64_t(sizeof(float)));
     });
+    kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
   }
 
   // How many output channels a panel of the weights has.

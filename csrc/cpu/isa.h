@@ -1,8 +1,8 @@
 // Instruction sets: which there are, which this machine has, and how a kernel is compiled for each.
 //
-// A kernel lives in a file of plain loops that the compiler vectorises, without includes and without lambdas (a
-// lambda does not inherit the target). `#define FASTSD_KERNEL "name_kernel.h"` and include "foreach_isa.h": the
-// file is then compiled once in each of the namespaces baseline, avx2 and avx512.
+// A kernel lives in a file of plain loops that the compiler vectorises; what it includes are such files too, and its
+// lambdas are always inlined (by itself a lambda does not inherit the target). `#define FASTSD_KERNEL "name_kernel.h"`
+// and include "foreach_isa.h": the file is then compiled once in each of the namespaces baseline, avx2 and avx512.
 
 #pragma once
 

@@ -89,6 +89,7 @@ struct Linear {
         pack(p, panel);
         multiply(p, 0, rows, inputs(0, wide), panel, panel + panel_floats(), biases, p + 1 < end);
       }
+      scratch.release_above(kPackedBytes / int64_t(sizeof(float)));
     });
     kept.release_above(kPackedBytes / int64_t(sizeof(float)));
   }
@@ -116,6 +117,7 @@ struct Linear {
           for (int64_t p = first; p < last; ++p)
             multiply(p, row, count, inputs(row, wide), packed + (p - first) * panel_floats(), sums, biases, false);
         }
+        scratch.release_above(kPackedBytes / int64_t(sizeof(float)));
       });
     }
     kept.release_above(2 * kPackedBytes / int64_t(sizeof(float)));

@@ -12,6 +12,9 @@ constexpr int64_t kPanel = 32;
 // So much of a panel's depth is multiplied with at a time: what stays in a core's own cache.
 constexpr int64_t kPanelDepth = 2560;
 
+// So much of it is summed up by itself: errors of rounding grow with the length of a sum.
+constexpr int64_t kSummedDepth = 384;
+
 // Rows of weights that will be wanted next, brought from memory line by line while others are multiplied.
 struct Ahead {
   const void* row = nullptr;

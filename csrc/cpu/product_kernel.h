@@ -14,25 +14,31 @@ static inline __attribute__((always_inline)) void multiply_column(const float* a
   }
 }
 
-// out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers.
+// out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers, those of
+// each part of the depth by themselves.
 template <int R>
 static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const float* b, float* out, int64_t out_row,
                           bool add, Ahead& ahead) {
-  for (int s = 0; s < kPanel; s += 2 * kLanes) {
-    Vector sum[R][2] = {};
-    if (add)
+  const int64_t parts = (depth + kSummedDepth - 1) / kSummedDepth;
+  for (int s = 0; s < kPanel; s += 2 * kLanes)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t last = (part + 1) * depth / parts;
+      int64_t k = part * depth / parts;
+      Vector sum[R][2] = {};
+      for (; k + 2 <= last; k += 2) {
+        multiply_column<R>(a, a_row, b + s, k, sum);
+        multiply_column<R>(a, a_row, b + s, k + 1, sum);
+        ahead.fetch_line();
+      }
+      if (k < last) multiply_column<R>(a, a_row, b + s, k, sum);
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < 2; ++v) read(out + r * out_row + s + v * kLanes, sum[r][v]);
-    int64_t k = 0;
-    for (; k + 2 <= depth; k += 2) {
-      multiply_column<R>(a, a_row, b + s, k, sum);
-      multiply_column<R>(a, a_row, b + s, k + 1, sum);
-      ahead.fetch_line();
+        for (int v = 0; v < 2; ++v) {
+          float* to = out + r * out_row + s + v * kLanes;
+          Vector before = {};
+          if (add || part > 0) read(to, before);
+          write(to, before + sum[r][v]);
+        }
     }
-    if (k < depth) multiply_column<R>(a, a_row, b + s, k, sum);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < 2; ++v) write(out + r * out_row + s + v * kLanes, sum[r][v]);
-  }
 }
 
 // As many rows at a time as the registers hold; the rows are spread evenly, so that none is left for a slow last step.

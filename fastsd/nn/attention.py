@@ -18,6 +18,11 @@ from fastsd_kernels.checks import DTYPES
 
 _CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor) if not is_overwritten(cls, "__call__")}
 
+_STEPS = {
+    name: getattr(stock.Attention, name)
+    for name in ("get_attention_scores", "head_to_batch_dim", "batch_to_head_dim", "prepare_attention_mask")
+}
+
 
 def why_other_processor(attn: stock.Attention) -> str | None:
     """Why what ``attn``'s processor computes is not known here, as a sentence; ``None`` where it is full attention."""
@@ -26,6 +31,10 @@ def why_other_processor(attn: stock.Attention) -> str | None:
         return f"its processor is a {type(processor).__qualname__}, expected diffusers' AttnProcessor2_0"
     if type(processor).__call__ is not _CALLS[type(processor)]:
         return f"{type(processor).__qualname__}.__call__ has been overwritten"
+    if type(processor) is AttnProcessor:
+        for name, method in _STEPS.items():
+            if name in attn.__dict__ or getattr(stock.Attention, name) is not method:
+                return f"Attention.{name}, which AttnProcessor calls, has been overwritten"
     return None
 
 
@@ -127,8 +136,9 @@ def attend(
         q = project(owner, attn, "to_q", x, norm=norm)
         k, v = (project(owner, attn, name, context) for name in ("to_k", "to_v"))
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
+    if type(attn.processor) is not AttnProcessor:  # which knows of no such norms
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
     scale = None if type(attn.processor) is AttnProcessor2_0 else attn.scale  # that one has no other than 1/√d
     y = core(q, k, v, scale, None if settings is None else settings.backend).transpose(1, 2).flatten(2).to(q.dtype)
     if is_idle(attn.to_out, "1"):
@@ -151,6 +161,7 @@ def _is_served(attn: stock.Attention, x: Tensor, *others: Tensor | None) -> bool
     return (
         x.device.type == "cpu"
         and x.numel() > 0
+        and all(t is None or (t.dim() == 3 and t.shape[0] == x.shape[0] and t.numel() > 0) for t in others)
         and all(t is None or t.dtype == torch.float32 for t in (x, *others, *attn.parameters()))
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and wants_gradient(x, *others, *attn.parameters()))

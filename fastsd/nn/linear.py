@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import is_inference
-from fastsd.nn.plain import is_transformed, why_not_plain
+from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import linear
 from fastsd_kernels.conv2d import cpu_impl
@@ -79,7 +79,7 @@ def _is_served(
         and (norm is None or norm.normalized_shape == (layer.in_features,))
         and (residual is None or (residual.dtype == x.dtype and residual.shape == (*x.shape[:2], layer.out_features)))
         and is_inference(layer, x, *parameters, residual)
-        and not is_transformed()
+        and why_stock_everywhere() is None
         # torch has instructions for less precision that the op does not use
         and (torch.compiler.is_compiling() or cpu_impl.is_plain_float32())
     )

@@ -39,9 +39,15 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
         return f"{name} has a backward hook, which runs only when {name} is called"
     if "forward" in leaf.__dict__ and not is_method_of(leaf.__dict__["forward"], leaf, expected):
         return f"{name} has an instance forward (an offloading or casting hook?), which runs only when it is called"
+    if leaf._compiled_call_impl is not None:
+        return f"{name} is compiled by itself, which counts only when it is called"
     for key, parameter in leaf._parameters.items():
-        if parameter is not None and type(parameter) not in PLAIN:
+        if parameter is None:
+            continue
+        if type(parameter) not in PLAIN:
             return f"{name}.{key} is a {type(parameter).__qualname__}, expected a plain Parameter"
+        if parameter.layout is not torch.strided:
+            return f"{name}.{key} is {parameter.layout}, expected a dense tensor"
     return None
 
 

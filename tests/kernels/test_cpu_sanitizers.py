@@ -43,6 +43,10 @@ for isa in range(cpu_runtime.isa() + 1):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             wide = torch.randn(33, 1601, 3, 3).contiguous(memory_format=memory_format)
             conv2d(torch.randn(1, 1601, 7, 5), wide, padding=1, algorithm=algorithm, backend="cpu")
+# many rows, weights in two parts, and few rows whose next panels are fetched
+for rows in (520, 40):
+    x, weight = torch.randn(rows, 1280), torch.randn(2600, 1280)
+    fastsd_kernels.linear(x, weight, norm_eps=1e-5, activation="geglu", residual=torch.randn(rows, 1300))
 print("sanitized run complete")
 """
 

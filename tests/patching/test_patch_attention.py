@@ -40,6 +40,8 @@ def layer(**changes):
         pytest.param(OF_A_MAP, (MAP,), id="map"),
         pytest.param(OF_A_MAP, (MAP.contiguous(memory_format=torch.channels_last),), id="channels_last"),
         pytest.param({"processor": AttnProcessor(), "scale_qk": False}, (X,), id="unscaled"),
+        # which has no norms of queries and keys
+        pytest.param({"processor": AttnProcessor(), "qk_norm": "layer_norm"}, (X,), id="qk_norm_of_another"),
     ],
 )
 @torch.no_grad()
@@ -71,6 +73,38 @@ def test_what_is_put_on_it_runs(change):
     change(stock[0])
     change(model[0])
     torch.testing.assert_close(model[0](X), stock[0](X), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("of", ["class", "instance"])
+@pytest.mark.filterwarnings("ignore:fastsd.patch left")
+@torch.no_grad()
+def test_a_step_of_the_older_processor_that_is_overwritten(when, of, monkeypatch):
+    outputs, scores = [], Attention.get_attention_scores
+    for prepare in (lambda model: model, fastsd.patch):
+        model = layer(processor=AttnProcessor())
+        model = prepare(model) if when == "after" else model
+        with monkeypatch.context() as patch:
+            if of == "class":
+                patch.setattr(Attention, "get_attention_scores", lambda self, *args: 3 * scores(self, *args))
+            else:
+                model[0].get_attention_scores = lambda *args, attn=model[0]: 3 * scores(attn, *args)
+            model = prepare(model) if when == "before" else model
+            outputs.append(model[0](X))
+    assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_text_that_the_op_does_not_take():
+    stock, model = layer(cross_attention_dim=10), fastsd.patch(layer(cross_attention_dim=10))
+    for text in (TEXT[:, :0], TEXT[:1].expand(4, -1, -1)):
+        results = []
+        for each in (stock, model):
+            try:
+                results.append(each[0](X, text))
+            except RuntimeError as error:
+                results.append(str(error))
+        assert str(results[0]) == str(results[1])
 
 
 @torch.no_grad()

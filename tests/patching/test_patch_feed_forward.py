@@ -5,6 +5,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fastsd
 from fastsd_kernels.linear import cpu_speed
@@ -65,13 +66,34 @@ def test_patching_measures(monkeypatch):
 
 
 def test_measuring_leaves_no_trace():
-    before, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(2)
-    ratio = cpu_speed._ratio()
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(threads)
-    assert ratio > 0
+    before = torch.get_rng_state()
+    assert cpu_speed._ratio() > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_is_measured_by_tensors_that_are_fake(monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", None)
+    monkeypatch.setattr(cpu_speed, "_ratio", lambda: 1.3)
+    with FakeTensorMode():
+        assert not cpu_speed.measure()
+    assert cpu_speed._is_faster is None
+    assert cpu_speed.is_faster()  # the first that asks has it measured
+
+
+def test_measuring_leaves_the_number_of_threads(monkeypatch):
+    """It is the process's: what changes it for a moment changes it for good in a thread that starts meanwhile."""
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    assert cpu_speed._ratio() > 0
+
+
+@torch.no_grad()
+def test_weights_that_are_sparse_are_torchs():
+    results = []
+    for prepare in (lambda model: model, fastsd.patch):
+        model = prepare(layer())
+        model[0].net[2].weight = nn.Parameter(model[0].net[2].weight.detach().to_sparse_csr(), requires_grad=False)
+        results.append(model[0](tokens()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cls", [nn.Linear, GEGLU, FeedForward], ids=lambda cls: cls.__name__)

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import fastsd
 from fastsd.gri import highest_level, level_of
@@ -492,6 +493,19 @@ def test_a_scale_of_its_own():
     given = told(5, 6)
     assert gri_calls(lambda: block(x, **given)) == 1
     assert_as_stock(block(x, **given), exact)
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules_see_its_projections(monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+    seen = []
+    for model in (fastsd.patch(build(), gri=SMALL), with_processors(build())):
+        linears = []
+        handle = register_module_forward_hook(lambda module, args, y, to=linears: to.append(type(module)))
+        call(model)
+        handle.remove()
+        seen.append(linears.count(nn.Linear))
+    assert seen[0] == seen[1]
 
 
 @torch.no_grad()

@@ -125,6 +125,15 @@ def test_class_level_patches_run(monkeypatch, cls, when):
     torch.testing.assert_close(model[0](X, encoder_hidden_states=TEXT), stock, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", ["attn1", "attn2", "ff"])
+@torch.no_grad()
+def test_what_is_compiled_by_itself_is_called(path):
+    model, graphs = fastsd.patch(layer()), []
+    model[0].get_submodule(path).compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert_equal(model[0](X, encoder_hidden_states=TEXT), layer()[0](X, encoder_hidden_states=TEXT))
+    assert graphs
+
+
 @torch.no_grad()
 def test_chunks_of_the_feed_forward_layer():
     model = fastsd.patch(layer())

@@ -3,12 +3,14 @@
 Measured once in a process, when a model is patched, since no list of processors would be complete.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastsd_kernels import cpu_runtime
 from fastsd_kernels.linear import linear
@@ -16,38 +18,44 @@ from fastsd_kernels.linear import linear
 # by so much it has to be faster, so that noise does not decide
 CLEARLY = 1.25
 ROWS, CHANNELS = 256, 640
-_ROUNDS = 7
+_ROUNDS = 15
 
+_measuring = threading.Lock()
 _is_faster: bool | None = None
 
 
 def measure() -> bool:
-    """What :func:`is_faster` says from now on; takes some 30 ms the first time."""
+    """What :func:`is_faster` says from now on; takes some 30 ms the first time.
+
+    ``False``, and nothing is kept, where tensors are not what they seem: the next call measures.
+    """
     global _is_faster
-    if _is_faster is None:
-        _is_faster = cpu_runtime.unavailable() is None and _ratio() >= CLEARLY
-    return _is_faster
-
-
-def is_faster() -> bool:
-    """Whether a linear layer runs clearly faster as the op; ``False`` where nobody has measured."""
+    with _measuring:
+        if _is_faster is None and cpu_runtime.unavailable() is None and not _is_dispatched_elsewhere():
+            _is_faster = _ratio() >= CLEARLY
     return bool(_is_faster)
 
 
+def is_faster() -> bool:
+    """Whether a linear layer runs clearly faster as the op; measured where nobody has, but not for a compiler."""
+    return bool(_is_faster) if _is_faster is not None or torch.compiler.is_compiling() else measure()
+
+
+def _is_dispatched_elsewhere() -> bool:
+    """Whether a mode (fake tensors, a profiler of calls) takes what torch computes, or a transform."""
+    return (
+        _get_current_dispatch_mode() is not None
+        or torch.overrides._get_current_function_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _ratio() -> float:
-    """Torch's time for a linear layer over that of this library, on one thread.
+    """Torch's time for a linear layer over that of this library: of each its best call, of the threads that there are.
 
-    With several, what else runs on the machine would decide: each call waits for the thread that was held up most.
+    The number of threads is the process's, and what changes it for a moment changes it for good in a thread that
+    starts meanwhile.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _ratio_on_one_thread()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _ratio_on_one_thread() -> float:
     # a generator of its own: a patch may not move the random numbers that an image is drawn from
     like: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "generator": torch.Generator().manual_seed(0)}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
