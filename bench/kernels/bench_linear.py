@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd_kernels.linear.reference import linear as definition
 from fastsd_kernels.testing import Sample
 from fastsd_kernels.testing.inputs import random_tensor
 
@@ -58,24 +58,10 @@ def sample(name: str, device: torch.device, dtype: torch.dtype) -> Sample:
     return Sample(name, given)
 
 
-def eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """What the modules of a block compute."""
-    if norm_eps is not None:
-        x = F.layer_norm(x, (x.shape[-1],), norm_weight, norm_bias, norm_eps)
-    y = F.linear(x, weight, bias)
-    if activation == "geglu":
-        value, gate = y.chunk(2, dim=-1)
-        y = value * F.gelu(gate)
-    return y if residual is None else y + residual
+def eager(x: Tensor, weight: Tensor, **given: Any) -> Tensor:
+    """What the modules of a block compute: the op's definition."""
+    nothing = {"bias": None, "norm_weight": None, "norm_bias": None, "norm_eps": None, "residual": None}
+    return definition(x, weight, **nothing | {"activation": "none"} | given)
 
 
 def flops(x: Tensor, weight: Tensor, **others: Any) -> int:

@@ -32,7 +32,7 @@ class ModuleTime:
 
     Attributes:
         kind: the name of the rule that knows their class, else the class; for the model itself its class.
-        replaced: whether they run the fast forward.
+        replaced: whether they have their fast class, and no reason to run the stock forward is seen from outside.
         modules: how many the model has.
         calls: of them in the step. None where the module around them computes what they would.
         seconds: inside them, but for what is inside modules of the other rows.
@@ -74,7 +74,7 @@ class StepTime:
 
     @property
     def replaced_share(self) -> float:
-        """The part of the step inside replaced modules."""
+        """The part of the step inside replaced modules, whichever ops these call: see :attr:`fastsd_share`."""
         return sum(row.share for row in self.modules if row.replaced)
 
     @property
