@@ -16,7 +16,7 @@ spec = importlib.util.spec_from_file_location("fastsd_kernels._cpu", sys.argv[1]
 sys.modules["fastsd_kernels._cpu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fastsd_kernels._cpu"])
 from fastsd_kernels import cpu_runtime
-from fastsd_kernels import conv2d
+from fastsd_kernels import conv2d, linear
 from fastsd_kernels.dispatch import ops
 from fastsd_kernels.testing import check_op
 cpu_runtime.unavailable()
@@ -46,7 +46,7 @@ for isa in range(cpu_runtime.isa() + 1):
 # many rows, weights in two parts, and few rows whose next panels are fetched
 for rows in (520, 40):
     x, weight = torch.randn(rows, 1280), torch.randn(2600, 1280)
-    fastsd_kernels.linear(x, weight, norm_eps=1e-5, activation="geglu", residual=torch.randn(rows, 1300))
+    linear(x, weight, norm_eps=1e-5, activation="geglu", residual=torch.randn(rows, 1300))
 print("sanitized run complete")
 """
 
