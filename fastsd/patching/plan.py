@@ -8,7 +8,8 @@ from torch import nn
 
 from fastsd.compress.compression import Compression
 from fastsd.gri import GRI, level_of, levels_of
-from fastsd.nn.replacement import Settings, settings_of
+from fastsd.nn.graphs import MOST, Graphs, give_graphs, graphs_of, has_forward_of_another, takes_timestep
+from fastsd.nn.replacement import SETTINGS, Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.rules.gri_attention import GRIRule, gri_rule
 from fastsd.patching.rules.transformer import TRANSFORMER
@@ -25,12 +26,52 @@ class Change:
     cls: type[nn.Module]
     settings: Settings | None
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether it leaves nothing of fastsd."""
+        return self.settings is None
+
+    def is_made(self) -> bool:
+        return settings_of(self.module) is self.settings and type(self.module) is self.cls
+
+    def back(self) -> "Change":
+        """What leads back to where the module is now."""
+        return Change(self.module, type(self.module), settings_of(self.module))
+
+    def make(self) -> None:
+        self.module.__class__ = self.cls
+        if self.settings is None:
+            self.module.__dict__.pop(SETTINGS, None)
+        else:
+            self.module.__dict__[SETTINGS] = self.settings
+
+
+@dataclass(frozen=True)
+class GraphsChange:
+    """One model's next CUDA graphs; ``None`` for none."""
+
+    root: nn.Module
+    graphs: Graphs | None
+
+    @property
+    def is_stock(self) -> bool:
+        return self.graphs is None
+
+    def is_made(self) -> bool:
+        return graphs_of(self.root) is self.graphs
+
+    def back(self) -> "GraphsChange":
+        return GraphsChange(self.root, graphs_of(self.root))
+
+    def make(self) -> None:
+        give_graphs(self.root, self.graphs)
+
 
 @dataclass(frozen=True)
 class Plan:
     """What ``patch`` is about to do: the changes, and the modules that a rule knows but refuses."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[Change | GraphsChange, ...]
     refused: tuple[Finding, ...]
 
 
@@ -41,6 +82,7 @@ def plan_patch(
     backend: str | None = None,
     rules: Iterable[Rule | str] | None = None,
     gri: GRI | None = None,
+    cuda_graphs: bool | int | None = None,
 ) -> Plan:
     """The plan of ``patch``, with its arguments and its errors; changes nothing."""
     if gri is None and rules is None:
@@ -75,7 +117,35 @@ def plan_patch(
             change = _change(finding.rule, finding.module, backend)
             if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):
                 changes.append(change)
-    return Plan((*changes, *_transformers_anew(changes, known)), refused)
+    of_graphs = _graphs_changes(model, cuda_graphs)
+    return Plan((*changes, *_transformers_anew(changes, known), *of_graphs), refused)
+
+
+def _graphs_changes(model: Any, cuda_graphs: bool | int | None) -> list[GraphsChange]:
+    if cuda_graphs is None:
+        return []
+    if type(cuda_graphs) not in (bool, int) or cuda_graphs < 0:
+        raise ValueError(f"cuda_graphs: expected True, False or a number of graphs, or None; got {cuda_graphs!r}")
+    most = MOST if cuda_graphs is True else int(cuda_graphs)
+    if most == 0:
+        return [GraphsChange(root, None) for root in parts_of(model).values() if graphs_of(root) is not None]
+    changes = []
+    roots = {name: root for name, root in parts_of(model).items() if takes_timestep(root)}
+    if not roots:
+        raise ValueError(
+            "cuda_graphs: expected a U-Net, a ControlNet or a pipeline with one, which pipelines call by their "
+            f"forward with a timestep; got {type(model).__name__}"
+        )
+    for name, root in roots.items():
+        earlier = graphs_of(root)
+        if earlier is None and has_forward_of_another(root):
+            raise PatchError(
+                f"cuda_graphs: {name or type(root).__name__} has an instance forward (an offloading hook?), which "
+                "graphs would have to go inside of: take it off, patch, and put it on again"
+            )
+        if earlier is None or earlier.most != most or earlier.given_up is not None:
+            changes.append(GraphsChange(root, Graphs(most)))
+    return changes
 
 
 def _planned_gri(model: Any) -> GRI | None:
@@ -148,9 +218,11 @@ def _without_earlier_gri(model: Any, by_module: Container[nn.Module]) -> list[Ch
 
 def plan_unpatch(model: Any) -> Plan:
     """The plan of ``unpatch``, with its argument and its errors; changes nothing."""
-    changes = []
+    changes: list[Change | GraphsChange] = []
     for root in parts_of(model).values():
         for path, module in root.named_modules():
+            if graphs_of(module) is not None:
+                changes.append(GraphsChange(module, None))
             settings = settings_of(module)
             if settings is None:
                 continue

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastsd.nn.graphs import COMPILED, graphs_of
 from fastsd.nn.replacement import settings_of
 from fastsd.patching.rule import Rule, find_op, registered_rules
 from fastsd.patching.survey import Finding, parts_of, survey
@@ -51,15 +52,39 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class CUDAGraphs:
+    """The CUDA graphs that a model was given.
+
+    Attributes:
+        most: how many it may keep.
+        held: how many it has by now.
+        reason: why it runs without; ``None`` where it does not, as far as its last call and what it is now tell.
+    """
+
+    most: int
+    held: int
+    reason: str | None
+
+    def __str__(self) -> str:
+        held = f"CUDA graphs: {self.held} of at most {self.most}"
+        return held if self.reason is None else f"{held}, off: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Part:
-    """One model: a pipeline has several, by the pipeline's names; a model alone has the name ``""``."""
+    """One model: a pipeline has several, by the pipeline's names; a model alone has the name ``""``.
+
+    ``cuda_graphs`` is ``None`` where ``patch`` was not asked for any.
+    """
 
     name: str
     class_name: str
     entries: tuple[Entry, ...]
+    cuda_graphs: CUDAGraphs | None = None
 
     def __str__(self) -> str:
         title = f"{self.name}: {self.class_name}" if self.name else self.class_name
+        title = title if self.cuda_graphs is None else f"{title}\n  {self.cuda_graphs}"
         if all(entry.rule is None for entry in self.entries):
             return f"{title}: left, holds no module that a rule knows"
         known_first = sorted(self.entries, key=lambda entry: (not entry.replaced, entry.rule is None))
@@ -106,10 +131,24 @@ def report(model: Any) -> PatchReport:
     rules = registered_rules()
     return PatchReport(
         tuple(
-            Part(name, type(root).__name__, tuple(_entry(finding) for finding in survey(root, rules)))
+            Part(
+                name,
+                type(root).__name__,
+                tuple(_entry(finding) for finding in survey(root, rules)),
+                _cuda_graphs(root),
+            )
             for name, root in parts_of(model).items()
         )
     )
+
+
+def _cuda_graphs(root: nn.Module) -> CUDAGraphs | None:
+    model = root._modules.get("_orig_mod") or root  # inside the wrapper of a compiled one
+    graphs = graphs_of(model)
+    if graphs is None:
+        return None
+    reason = graphs.why_not(model) if model is root else COMPILED
+    return CUDAGraphs(graphs.most, graphs.held, reason)
 
 
 def _entry(finding: Finding) -> Entry:

@@ -1,9 +1,13 @@
 """Fixtures of the patching tests."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
+from fastsd.nn import graphs
 from fastsd_kernels.linear import cpu_speed
+from tests.patching.tape import Tape
 
 # What must hold whichever product linear layers run through: the rows of docs/compatibility.md
 EITHER_PRODUCT = (
@@ -46,3 +50,15 @@ def _own_product(request, monkeypatch, _no_measured_speed):
 @pytest.fixture(autouse=True)
 def _no_backend_from_the_environment(monkeypatch):
     monkeypatch.delenv("FASTSD_BACKEND", raising=False)
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """CUDA graphs are recorded on a :class:`Tape`, at the first call of a shape; what happened on all of them."""
+
+    class Own(Tape):
+        made: ClassVar = []
+
+    monkeypatch.setattr(graphs, "Card", Own)
+    monkeypatch.setattr(graphs, "EAGER_CALLS", 0)
+    return Own

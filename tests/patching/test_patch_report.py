@@ -166,6 +166,8 @@ def test_json():
     as_dict = json.loads(json.dumps(report.to_dict()))
     assert as_dict == report.to_dict()
     assert [part["name"] for part in as_dict["parts"]] == ["unet", "vae"]
+    assert as_dict["parts"][0].keys() == {"name", "class_name", "entries", "cuda_graphs"}
+    assert as_dict["parts"][0]["cuda_graphs"] is None
     assert as_dict["parts"][0]["entries"][0].keys() == {
         "path",
         "class_name",
@@ -177,8 +179,19 @@ def test_json():
     }
 
 
-def test_report_changes_nothing():
-    model = fastsd.patch(build())
+def test_cuda_graphs():
+    report = fastsd.report(fastsd.patch(Pipeline(unet=build(), vae=build("vae")), cuda_graphs=3))
+    reason = "the model is on cpu, and there are CUDA graphs only on a CUDA device"
+    assert report.to_dict()["parts"][0]["cuda_graphs"] == {"most": 3, "held": 0, "reason": reason}
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert [line for line in str(report).splitlines() if "CUDA graphs" in line] == [
+        f"  CUDA graphs: 0 of at most 3, off: {reason}"
+    ]
+
+
+@pytest.mark.parametrize("cuda_graphs", [None, True], ids=str)
+def test_report_changes_nothing(cuda_graphs):
+    model = fastsd.patch(build(), cuda_graphs=cuda_graphs)
     before = [(type(module), dict(vars(module))) for module in model.modules()]
     fastsd.report(model)
     assert [(type(module), dict(vars(module))) for module in model.modules()] == before

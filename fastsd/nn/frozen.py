@@ -1,0 +1,271 @@
+"""What a recorded forward takes for granted of its model, and whether that is still so.
+
+A CUDA graph holds kernels and addresses. It sees what is written into a weight, but neither that a weight has moved
+nor that Python would decide otherwise by now: for another LoRA, scale of an adapter or attention processor.
+"""
+
+import enum
+import functools
+import logging
+import re
+import types
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.nn.plain import PLAIN, is_method_of
+
+GRAPHS = "_fastsd_graphs"  # where a model's graphs stand
+PLAIN_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+# what nobody changes, or what changes nothing of a forward
+_OPAQUE = (
+    *(*PLAIN_VALUES, type, enum.Enum, re.Pattern, PurePath, range, slice, logging.Logger, logging.LoggerAdapter),
+    *(types.BuiltinFunctionType, types.ModuleType, torch.layout),
+)
+# what only saving, loading, gradients and graphs read
+_UNREAD = {
+    GRAPHS,
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+}
+# what is put on a model runs around its forward, not in it
+_AROUND_A_FORWARD = {
+    "_diffusers_hook",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_hf_hook",
+    "_old_forward",
+    "forward",
+}
+
+
+class Frozen:
+    """A model as it is now: its modules and all that they hold, their classes, and where their tensors lie.
+
+    What functions read elsewhere, in their modules' globals or a decorator's closure, it does not see.
+
+    Attributes:
+        refusal: why a recorded forward would not do what the model's own does, as a sentence; ``None`` where it would.
+        tensors: parameters, buffers and all other tensors that modules hold.
+        devices: where these are.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self.refusal: str | None = None
+        self.tensors: list[Tensor] = []
+        self._objects: list[Any] = []
+        self._classes: set[type] = set()
+        self._paths: list[str] = []
+        self._live: list[Collection[Any]] = []
+        self._walk()
+        self._values = [tuple(live) for live in self._live]
+        self._flat = list(chain.from_iterable(self._values))
+        self._sizes = list(map(len, self._values))
+        self._attributes = list(map(vars, self._objects))
+        self._types = list(map(type, self._objects))
+        self._places = self._where()
+        self.devices = sorted({tensor.device for tensor in self.tensors}, key=str)
+
+    def change(self) -> str | None:
+        """What is different by now, by its path; ``None`` where nothing is."""
+        if self._is_untouched():
+            return None
+        now = Frozen(self._root)
+        change = self._difference(now)
+        if change is None:
+            vars(self).update(vars(now))  # equal, but of other objects by now
+        return change
+
+    def versions(self) -> list[int | None]:
+        """How often each tensor was written into, as far as torch counts it."""
+        return [None if tensor.is_inference() else tensor._version for tensor in self.tensors]
+
+    def _is_untouched(self) -> bool:
+        # all in C: a model has some ten thousand of these
+        return (
+            list(map(len, self._live)) == self._sizes
+            and all(map(is_, chain.from_iterable(self._live), self._flat))
+            and all(map(is_, map(vars, self._objects), self._attributes))
+            and list(map(type, self._objects)) == self._types
+            and self._where() == self._places
+        )
+
+    def _difference(self, now: "Frozen") -> str | None:
+        for path, other in zip(self._paths, now._paths, strict=False):
+            if path != other:
+                return min(path, other) or "the model itself"
+        for path, then, values in zip(self._paths, self._values, now._values, strict=False):
+            if len(then) != len(values) or not all(map(_is_same, values, then)):
+                return path or "the model itself"
+        if len(self._paths) != len(now._paths) or self._types != now._types:
+            return "the class of something that it holds"
+        return "the place of a tensor" if self._places != now._places else None
+
+    def _where(self) -> list[Any]:
+        return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in self.tensors]
+
+    def _walk(self) -> None:
+        seen: set[int] = set()
+        left: list[tuple[str, Any]] = [("", self._root)]
+        while left:
+            path, found = left.pop()
+            if not isinstance(found, _OPAQUE) and id(found) not in seen:
+                seen.add(id(found))
+                left += self._look_into(path, found)
+
+    def _look_into(self, path: str, found: Any) -> Iterable[tuple[str, Any]]:
+        """What is inside of ``found``, with its path; live, so that it is seen to change."""
+        if isinstance(found, Tensor):
+            return self._add_tensor(path, found)
+        if isinstance(found, types.MethodType):
+            return self._add(path, (found.__func__, found.__self__))
+        if isinstance(found, types.FunctionType):
+            closure = self._add(path, _Cells(found.__closure__ or ()))
+            return [*closure, *self._add(path, (found.__defaults__, found.__kwdefaults__))]
+        if isinstance(found, functools.partial):
+            return self._add(path, (found.func, found.args, found.keywords))
+        inside: list[tuple[str, Any]] = []
+        if isinstance(found, dict):
+            inside += self._add_dict(path, found)
+        elif isinstance(found, _CONTAINERS):
+            inside += self._add(path, found)
+        slots = [name for cls in type(found).__mro__ for name in _slots(cls) if name not in ("__dict__", "__weakref__")]
+        if slots:
+            inside += self._add(path, _Slots(found, slots))
+        if hasattr(found, "__dict__"):
+            inside += self._add_object(path, found)
+        elif not slots and not isinstance(found, _CONTAINERS):
+            self._refuse(f"{path} is a {type(found).__qualname__}, in which no change would be seen")
+        return inside
+
+    def _add_tensor(self, path: str, tensor: Tensor) -> list[tuple[str, Any]]:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+            self._refuse(f"{path} is a {type(tensor).__qualname__} of layout {tensor.layout}, expected a plain tensor")
+        else:
+            self.tensors.append(tensor)
+        return []
+
+    def _add_object(self, path: str, found: Any) -> list[tuple[str, Any]]:
+        self._objects.append(found)
+        inside = list(self._add_classes(type(found)))
+        attributes = self._add_dict(path, vars(found))
+        if not isinstance(found, nn.Module):
+            return inside + attributes
+        is_root = found is self._root
+        self._refuse(None if is_root else _why_python_runs(path, found))
+        unread = _UNREAD | _AROUND_A_FORWARD if is_root else _UNREAD
+        for name, (below, value) in zip(vars(found), attributes, strict=True):
+            if name in ("_modules", "_parameters", "_buffers"):
+                inside += self._add_dict(path, value)
+            elif name not in unread:
+                inside.append((below, value))
+        return inside
+
+    def _add_classes(self, cls: type) -> Iterator[tuple[str, Any]]:
+        """Methods and attributes of classes, in whose place somebody may put others."""
+        for each in cls.__mro__:
+            if each in self._classes or each.__module__ == "builtins":
+                continue
+            self._classes.add(each)
+            path, attributes = f"the class {each.__qualname__}", vars(each)
+            for inside, value in self._add_dict(path, attributes):
+                if isinstance(value, (*_CONTAINERS, Tensor)) and not inside.rpartition(".")[2].startswith("__"):
+                    yield inside, value
+
+    def _add_dict(self, path: str, found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        self._add(path, found.keys())
+        if found:  # as most are not: a module has ten for hooks
+            self._add(path, found.values())
+        prefix = f"{path}." if path else ""
+        return [(f"{prefix}{name}", value) for name, value in found.items()]
+
+    def _add(self, path: str, live: Collection[Any]) -> list[tuple[str, Any]]:
+        self._paths.append(path)
+        self._live.append(live)
+        return [(f"{path}.{index}", value) for index, value in enumerate(live)]
+
+    def _refuse(self, reason: str | None) -> None:
+        if self.refusal is None:
+            self.refusal = reason
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """What the cells of a closure hold now."""
+
+    cells: tuple[types.CellType, ...]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __contains__(self, value: object) -> bool:
+        return any(value is mine for mine in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        for cell in self.cells:
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not assigned yet
+                yield None
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What attributes without a ``__dict__`` hold now."""
+
+    owner: Any
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, value: object) -> bool:
+        return any(value is mine for mine in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self.owner, name, None) for name in self.names)
+
+
+def _slots(cls: type) -> Iterable[str]:
+    names = vars(cls).get("__slots__", ())
+    return (names,) if isinstance(names, str) else names
+
+
+def _why_python_runs(path: str, module: nn.Module) -> str | None:
+    """Why a module has to be called from Python every time, as a sentence, or ``None``."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{path} has a forward hook, which a graph would run only once"
+    forward = vars(module).get("forward")
+    if forward is not None and not is_method_of(forward, module, type(module)):
+        return f"{path} has an instance forward (an offloading or casting hook?), which a graph would run only once"
+    if getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules:
+        return f"{path} is compiled"
+    return None
+
+
+def _is_same(now: Any, then: Any) -> bool:
+    """Whether a value is what it was. What a look goes into may be another object: it is compared inside."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(now, PLAIN_VALUES):
+        return repr(now) == repr(then)  # of 0.0 and -0.0 too
+    return not isinstance(now, (*_OPAQUE, types.FunctionType))

@@ -1,0 +1,453 @@
+"""CUDA graphs of a whole model: recorded at the third call with inputs of a shape, and replayed from then on.
+
+They sit in an instance ``forward`` of the model, inside whatever hooks are put on it: hooks run at every call. A
+compiler that traces the model sees its stock forward.
+"""
+
+import functools
+import inspect
+import os
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fastsd.nn.frozen import GRAPHS, PLAIN_VALUES, Frozen
+from fastsd.nn.plain import PLAIN, why_stock_everywhere
+
+MOST = 8  # graphs of one model, where nobody says how many
+COMPILED = "it is compiled, and a compiler traces its stock forward"
+EAGER_CALLS = 2  # with inputs of one shape: the first one compiles kernels, and both show what a forward changes
+_SHAPES = 64  # of which calls are counted
+
+# torch's random generators know of one capture at a time
+_one_capture = threading.Lock()
+
+
+class Card:
+    """A CUDA device as far as graphs need one, with the memory that all graphs of a model share.
+
+    That memory is gone with the last of them: the next one needs another card.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last = torch.cuda.Event()
+
+    @staticmethod
+    def is_capturing(device: torch.device) -> bool:
+        """Whether somebody else records what the caller does."""
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A call's turn: the card works on it after what earlier calls gave it, from whichever stream."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last.record(stream)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Record ``function``: what replays it, and its result, which each replay writes anew."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads may do as they like in the meantime
+        recording = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with _one_capture:
+            # cuBLAS' workspaces of the stream are the graph's own: one that is shared is freed under the others
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                # torch leaves the capture's stream current where a capture fails
+                with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                    result = function()
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+        return graph.replay, result
+
+    def finish(self) -> None:
+        """Wait until nothing that was replayed runs any more."""
+        self._last.synchronize()
+
+
+@dataclass(frozen=True)
+class _Graph:
+    replay: Callable[[], None]
+    inputs: list[Tensor]
+    outputs: list[Any]
+    spec: TreeSpec
+
+    def __call__(self, inputs: list[Tensor]) -> Any:
+        for buffer, given in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(given)
+        self.replay()
+        # the caller's to keep: the next replay of any graph overwrites what this one has written
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
+        return tree_unflatten(leaves, self.spec)
+
+
+class _NotServed(Exception):
+    """A call that no graph can serve; the message says why. One that comes too early has a key."""
+
+    def __init__(self, reason: str, key: Any = None) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
+class Graphs:
+    """The CUDA graphs of one model, which stand in its attribute ``_fastsd_graphs``; ``unpatch`` takes them away.
+
+    Args:
+        most: how many are kept; one more, and all go.
+
+    Attributes:
+        refusal: why the last call ran without a graph; ``None`` where it did not.
+        given_up: why no later call will get one either.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.refusal: str | None = None
+        self.given_up: str | None = None
+        self._held: dict[Any, _Graph] = {}
+        self._calls: Counter[Any] = Counter()  # without a graph
+        self._frozen: Frozen | None = None
+        self._changed: str | None = None  # the last that has
+        self._card: Card | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def held(self) -> int:
+        """How many there are now."""
+        return len(self._held)
+
+    def why_not(self, root: nn.Module) -> str | None:
+        """Why ``root`` runs without graphs, as far as it can be told now or was seen in its last call."""
+        if self.given_up is not None:
+            return self.given_up
+        if root._compiled_call_impl is not None:
+            return COMPILED
+        reason = _why_not(Frozen(root))
+        if reason is None and self.refusal is not None:
+            reason = f"in its last call {self.refusal}"
+        return reason
+
+    def run(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``root``'s forward gives, by a graph where one can serve the call."""
+        refusal, key = self.given_up or _why_not_now(), None
+        if refusal is None:
+            try:
+                with self._lock:
+                    output = self._serve(root, args, kwargs)
+                    self.refusal = None
+                    return output
+            except _NotServed as reason:
+                refusal, key = str(reason), reason.key
+        self.refusal = refusal
+        output = type(root).forward(root, *args, **kwargs)
+        if key is not None:  # and the forward has raised nothing
+            with self._lock:
+                self._calls[key] += 1
+        return output
+
+    def _serve(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frozen = self._look_at(root)
+        _refuse(_why_not(frozen))
+        (device,) = frozen.devices
+        _refuse("a capture of somebody else's is in progress" if Card.is_capturing(device) else None)
+        leaves, spec = tree_flatten(_with_timestep_on(device, root, args, kwargs))
+        for leaf in leaves:
+            _refuse(_why_no_input(leaf, device))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *frozen.tensors)):
+            raise _NotServed("gradients were wanted (run it under torch.no_grad() or torch.inference_mode())")
+        key = (repr(spec), *map(_key, leaves), _settings_of_torch(device.type))
+        graph = self._held.get(key)
+        if graph is None:
+            self._wait_for(key)
+            if len(self._held) >= self.most:
+                # one alone cannot go: the others may have memory of torch's libraries in common with it
+                self.drop()
+                raise _NotServed(f"there were {self.most} graphs for other shapes already, which make room")
+            self._card = self._card or Card(device)
+        assert self._card is not None
+        with self._card.turn():
+            if graph is None:
+                graph = self._held[key] = self._record(root, leaves, spec)
+            return graph(inputs)
+
+    def _wait_for(self, key: Any) -> None:
+        """Turn away a call that comes too early for a graph."""
+        if len(self._calls) >= _SHAPES:
+            self._calls.clear()
+        if self._calls[key] < EAGER_CALLS:
+            since = "" if self._changed is None else f" since {self._changed} has changed"
+            number = f"call {self._calls[key] + 1} with inputs of its shapes{since}"
+            raise _NotServed(f"it was {number}, and call {EAGER_CALLS + 1} is recorded", key)
+
+    def _look_at(self, root: nn.Module) -> Frozen:
+        """The model as it is, without the graphs of one that it is no longer."""
+        change = None if self._frozen is None else self._frozen.change()
+        if change is not None:
+            self._changed = change
+            self.drop()
+        self._frozen = self._frozen or Frozen(root)
+        return self._frozen
+
+    def _record(self, root: nn.Module, leaves: list[Any], spec: TreeSpec) -> _Graph:
+        card, frozen = self._card, self._frozen
+        assert card is not None
+        assert frozen is not None
+        # ordinary tensors even in inference mode, so that it is seen whether they are written into
+        with torch.inference_mode(False), torch.no_grad():
+            own = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
+
+        def call() -> Any:
+            args, kwargs = tree_unflatten(own, spec)
+            return type(root).forward(root, *args, **kwargs)
+
+        versions = frozen.versions(), [buffer._version for buffer in inputs]
+        outside = sys.exc_info()[1]  # of whose handler this is a part
+        try:
+            with _without_autocast_cache():
+                replay, output = card.capture(call)
+        except Exception as error:
+            causes = [cause for cause in (error.__context__, error) if cause not in (None, outside)]
+            lines = "; then ".join(str(cause).partition("\n")[0] for cause in causes)
+            raise self._give_up(f"a capture failed ({lines})") from error
+        change = frozen.change()
+        if change is not None:
+            raise self._give_up(f"its forward changes the model, which a graph would not: {change}")
+        if versions != (frozen.versions(), [buffer._version for buffer in inputs]):
+            raise self._give_up("its forward writes into its inputs or into tensors of the model")
+        outputs, output_spec = tree_flatten(output)
+        for leaf in outputs:
+            if type(leaf) is not Tensor and not isinstance(leaf, PLAIN_VALUES):
+                raise self._give_up(f"its output holds a {type(leaf).__qualname__}, expected tensors and plain values")
+        return _Graph(replay, inputs, outputs, output_spec)
+
+    def drop(self) -> None:
+        """Free every graph, and what is known of the model; the next calls begin anew."""
+        with self._lock:
+            if self._card is not None:
+                self._card.finish()
+            self._held.clear()
+            self._calls.clear()
+            self._card = self._frozen = None
+
+    def _give_up(self, reason: str) -> _NotServed:
+        self.drop()
+        self.given_up = reason
+        warnings.warn(f"fastsd runs a model without CUDA graphs: {reason}", stacklevel=2)
+        return _NotServed(reason)
+
+
+def graphs_of(root: nn.Module) -> Graphs | None:
+    """What ``patch(…, cuda_graphs=…)`` left on a model."""
+    return vars(root).get(GRAPHS)
+
+
+def takes_timestep(root: nn.Module) -> bool:
+    """Whether graphs serve such a model, a U-Net or ControlNet: pipelines call its forward, once for each timestep."""
+    return "timestep" in _parameters(type(root).forward)
+
+
+def has_forward_of_another(root: nn.Module) -> bool:
+    """Whether something else stands in the place of a model's forward, which graphs would have to go into."""
+    forward = vars(root).get("forward")
+    is_stock = getattr(forward, "__self__", None) is root and getattr(forward, "__func__", None) is type(root).forward
+    return forward is not None and not is_stock and not _is_own(forward)
+
+
+def give_graphs(root: nn.Module, graphs: Graphs | None) -> None:
+    """Let ``root`` use ``graphs`` from now on; ``None`` makes it stock again. Those that it had are freed."""
+    attributes = vars(root)
+    earlier = graphs_of(root)
+    if earlier is not None:
+        earlier.drop()
+    if graphs is None:
+        for name in [name for name, value in attributes.items() if _is_a_trace(name, value)]:
+            del attributes[name]
+        return
+    if earlier is None:
+        functions = {"forward": _graphed(type(root).forward), **_METHODS}
+        attributes.update({name: MethodType(function, root) for name, function in functions.items()})
+    attributes[GRAPHS] = graphs
+
+
+def _graphed(stock: Callable[..., Any]) -> Callable[..., Any]:
+    # the name lets a pickle of the bound method, which a hook may keep, become stock's
+    @functools.wraps(stock, assigned=("__name__", "__doc__"))
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        graphs = graphs_of(self)
+        if graphs is None or torch.compiler.is_compiling():
+            return type(self).forward(self, *args, **kwargs)
+        return graphs.run(self, args, kwargs)
+
+    return forward
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> str | tuple[Any, ...]:
+    """A copy or pickle of a model with graphs: a stock one."""
+    reduced = type(self).__reduce_ex__(self, protocol)
+    if isinstance(reduced, str) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+        return reduced
+    reconstruct, args, state, *rest = reduced
+    return reconstruct, args, _without_trace(state), *rest
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    replica = type(self)._replicate_for_data_parallel(self)
+    replica.__dict__ = _without_trace(vars(replica))
+    return replica
+
+
+def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """``.to()`` and its like move what graphs read: their memory is free before more is asked for."""
+    graphs = graphs_of(self)
+    if graphs is not None:
+        graphs.drop()
+    return type(self)._apply(self, *args, **kwargs)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "__reduce_ex__": _reduce_ex,
+    "_replicate_for_data_parallel": _replicate,
+    "_apply": _apply,
+}
+
+
+def _without_trace(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if not _is_a_trace(name, value)}
+
+
+def _is_a_trace(name: str, value: Any) -> bool:
+    # not what a hook that was put on later has kept of them
+    return name == GRAPHS or (name in ("forward", *_METHODS) and _is_own(value))
+
+
+def _is_own(method: Any) -> bool:
+    return isinstance(method, MethodType) and method.__func__.__module__ == __name__
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise _NotServed(reason)
+
+
+def _why_not(frozen: Frozen) -> str | None:
+    """Why no call of such a model can be served, as a sentence, or ``None``."""
+    where = " and ".join(map(str, frozen.devices)) or "no device"
+    if {device.type for device in frozen.devices} != {Card.device_type}:
+        return f"the model is on {where}, and there are CUDA graphs only on a CUDA device"
+    if len(frozen.devices) > 1:
+        return f"the model is on {where}, and a graph is of one device"
+    return frozen.refusal
+
+
+def _why_not_now() -> str | None:
+    """Why no call can be served just now, whatever the model, as a sentence, or ``None``."""
+    if torch.jit.is_tracing():
+        return "torch.jit traced it"
+    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    if modes or _get_current_dispatch_mode() is not None:
+        return "a mode that sees every operation of torch was active"
+    return why_stock_everywhere()
+
+
+def _why_no_input(leaf: Any, device: torch.device) -> str | None:
+    if not isinstance(leaf, Tensor):
+        is_plain = isinstance(leaf, PLAIN_VALUES)
+        return None if is_plain else f"an input was a {type(leaf).__qualname__}, expected tensors and plain values"
+    if type(leaf) not in PLAIN or leaf.layout is not torch.strided:
+        return f"an input was a {type(leaf).__qualname__} of layout {leaf.layout}, expected a plain tensor"
+    return None if leaf.device == device else f"an input was on {leaf.device}, the model on {device}"
+
+
+def _key(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype
+    return type(leaf), repr(leaf)
+
+
+def _settings_of_torch(device_type: str) -> tuple[Any, ...]:
+    """What else decides which kernels a forward calls."""
+    backends: Any = torch.backends
+    cuda, cudnn, matmul = backends.cuda, backends.cudnn, backends.cuda.matmul
+    # not allow_tf32, which raises where somebody has set precisions by layer
+    precisions = [each.fp32_precision for each in (backends, matmul, cudnn, cudnn.conv, cudnn.rnn)]
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        *precisions,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
+        cuda.preferred_blas_library(),
+        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        tuple(torch._C._get_sdp_priority_order()),
+        os.environ.get("FASTSD_BACKEND"),
+    )
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Weights that autocast casts once and keeps would be gone when a graph reads them."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _with_timestep_on(
+    device: torch.device, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the timestep where a forward would copy it: a graph cannot copy from the CPU.
+
+    Schedulers give it as a number or a tensor on the CPU too, and a number would take one graph for each value. Only of
+    diffusers' own forwards it is known that a tensor of one element is the same to them.
+    """
+    if not type(root).forward.__module__.startswith("diffusers."):
+        return args, kwargs
+    position = _parameters(type(root).forward).index("timestep") - 1
+    timestep = kwargs["timestep"] if "timestep" in kwargs else args[position] if position < len(args) else None
+    if isinstance(timestep, float):
+        raise _NotServed("the timestep was a float, expected a tensor or an integer")
+    if type(timestep) is int:
+        timestep = torch.tensor([timestep], device=device)
+    elif isinstance(timestep, Tensor) and timestep.dim() == 0:
+        timestep = timestep.to(device)
+    if "timestep" in kwargs:
+        return args, kwargs | {"timestep": timestep}
+    return (*args[:position], timestep, *args[position + 1 :]) if position < len(args) else args, kwargs
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)

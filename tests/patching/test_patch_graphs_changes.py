@@ -1,0 +1,303 @@
+"""CUDA graphs of models that change: recorded anew. Row 15 of the compatibility matrix."""
+
+import copy
+import gc
+import weakref
+from functools import partial
+from typing import ClassVar
+
+import numpy
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+from torch import nn
+
+import fastsd
+from fastsd.nn import graphs as graphs_module
+from fastsd.nn.graphs import graphs_of
+from tests.patching.models import assert_as_stock, build, call, relative_error
+from tests.patching.tape import events, graphed, state
+
+
+def _lora(model):
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+
+
+def _processor(model):
+    model.set_attn_processor(AttnProcessor())
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.processor.scale = [1.0]
+
+
+def _freeu(model):
+    model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def _assign(model):
+    other = {name: value + 0.1 for name, value in model.state_dict().items()}
+    model.load_state_dict(other, assign=True)
+
+
+def _replace_module(model):
+    model.mid_block.resnets[0] = build(seed=1).mid_block.resnets[0]
+
+
+def _replace_leaf(model):
+    model.conv_out = copy.deepcopy(model.conv_out).requires_grad_(False)
+    model.conv_out.weight.mul_(2)
+
+
+def _new_data(model):
+    model.conv_in.weight.data = model.conv_in.weight.data * 2
+
+
+CHANGES = {
+    "lora": _lora,
+    "lora_off": lambda model: (_lora(model), model.disable_adapters()),
+    "freeu": _freeu,
+    "assign": _assign,
+    "module": _replace_module,
+    "leaf": _replace_leaf,
+    "data": _new_data,
+    "double": lambda model: model.double(),
+    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
+    "processor": _processor,
+    "attribute": lambda model: setattr(model.mid_block.resnets[0], "output_scale_factor", 2.0),
+    "unpatched_part": lambda model: fastsd.unpatch(model.mid_block),
+    "backend": lambda model: fastsd.patch(model, backend="reference"),
+    "train": lambda model: model.train(),
+    "fused_projections": lambda model: model.fuse_qkv_projections(),
+}
+
+
+class TestChanges:
+    @pytest.mark.parametrize("change", CHANGES)
+    @torch.no_grad()
+    def test_row_15_recorded_anew(self, tape, change):
+        model, eager = graphed(), fastsd.patch(build())
+        for each in (model, eager):
+            call(each)
+            call(each)
+            CHANGES[change](each)
+        assert relative_error(call(model), call(eager)) == 0
+        assert relative_error(call(model), call(eager)) == 0
+        assert events(tape) == ["capture", "replay", "replay"] * 2
+        assert (state(model).held, state(model).reason) == (1, None)
+
+    @pytest.mark.parametrize("stale", ["leaf", "data", "freeu", "attribute"])
+    @torch.no_grad()
+    def test_a_tape_would_not_notice(self, tape, stale, monkeypatch):
+        """The tests above say something: without a look at the model they would fail."""
+        model, eager = graphed(), fastsd.patch(build())
+        call(model)
+        monkeypatch.setattr(graphs_module.Frozen, "change", lambda frozen: None)
+        for each in (model, eager):
+            CHANGES[stale](each)
+        assert relative_error(call(model), call(eager)) > 1e-3
+
+    @torch.no_grad()
+    def test_weights_written_in_place(self, tape):
+        model, eager = graphed(), fastsd.patch(build())
+        call(model)
+        for each in (model, eager):
+            each.conv_in.weight.mul_(2)
+            each.load_state_dict({name: value + 0.01 for name, value in each.state_dict().items()})
+        assert torch.equal(call(model), call(eager))
+        assert events(tape) == ["capture", "replay", "replay"]
+
+    @torch.no_grad()
+    def test_scale_of_a_lora(self, tape):
+        model, eager = graphed(), fastsd.patch(build())
+        for each in (model, eager):
+            _lora(each)
+        for scale in (1.0, 0.25, 0.25):
+            for each in (model, eager):
+                each.set_adapters(["default"], [scale])
+            assert torch.equal(call(model), call(eager))
+        assert events(tape) == ["capture", "replay", "capture", "replay", "replay"]
+
+    @torch.no_grad()
+    def test_unloaded_lora(self, tape):
+        model = graphed()
+        before = call(model)
+        _lora(model)
+        assert not torch.equal(call(model), before)
+        model.delete_adapters("default")
+        assert_as_stock(call(model), before)
+        assert state(model).reason is None
+
+    @torch.no_grad()
+    def test_function_in_the_place_of_a_method(self, tape, monkeypatch):
+        model = graphed()
+        before = call(model)
+        forward = nn.Conv2d.forward
+        monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: 2 * forward(conv, x))
+        assert not torch.equal(call(model), before)
+
+    @torch.no_grad()
+    def test_old_graphs_are_let_go(self, tape):
+        model = graphed()
+        call(model, batch=1)
+        call(model, batch=2)
+        old = [weakref.ref(graph) for graph in graphs_of(model)._held.values()]
+        _lora(model)
+        call(model)
+        gc.collect()
+        assert [graph() for graph in old] == [None, None]
+        assert state(model).held == 1
+        assert len(tape.made) == 2
+
+    @pytest.mark.parametrize("change", CHANGES)
+    @torch.no_grad()
+    def test_after_something_equal(self, tape, change):
+        """An equal object in the place of another is no change, and hides none."""
+        model, eager = graphed(), fastsd.patch(build())
+        for each in (model, eager):
+            call(each)
+            block = each.mid_block.resnets[0]
+            block.output_scale_factor = float(repr(block.output_scale_factor))
+            each.mid_block.attentions[0].transformer_blocks[0].attn1.processor = copy.copy(
+                each.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+            )
+            block.own = [1.5, {"a": (2,)}]
+            call(each)
+            block.own = [1.5, {"a": (2,)}]
+            call(each)
+        assert events(tape) == ["capture", "replay"] * 2 + ["replay"]
+        for each in (model, eager):
+            CHANGES[change](each)
+        assert relative_error(call(model), call(eager)) == 0
+        assert events(tape) == ["capture", "replay"] * 2 + ["replay"] + ["capture", "replay"]
+
+    @torch.no_grad()
+    def test_memory_is_free_before_a_model_moves(self, tape):
+        model = graphed()
+        call(model)
+        model.to(torch.float64)
+        assert state(model).held == 0
+        assert events(tape, "finish") == ["finish"]
+        fastsd.unpatch(model)
+        assert "_apply" not in vars(model)
+
+
+class _Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self):
+        self.factor = [1.0]
+
+    def of(self, x):
+        return x * self.factor[0]
+
+
+class _Scaled(AttnProcessor):
+    """Multiplies by what it is given in one of many ways."""
+
+    factors: ClassVar = [1.0]
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def helper(self):
+        return 1.0
+
+    def __call__(self, *args, **kwargs):
+        y = super().__call__(*args, **kwargs) * self.helper() * self.factors[0]
+        return self.factor(y) if callable(self.factor) else y * self.factor
+
+
+def _closure():
+    factor = 1.0
+
+    def scale(x):
+        return x * factor
+
+    def double():
+        nonlocal factor
+        factor = 2.0
+
+    scale.double = double
+    return scale
+
+
+def _times(factors, x):
+    return x * factors[0]
+
+
+# what makes a processor's attribute, and what changes it where it lies
+HIDDEN = {
+    "closure": (_closure, lambda processor: processor.factor.double()),
+    "bound_method": (lambda: _Slotted().of, lambda processor: processor.factor.__self__.factor.append(0)),
+    "slots": (lambda: _Slotted().of, lambda processor: setattr(processor.factor.__self__, "factor", [2.0])),
+    "partial": (lambda: partial(_times, [1.0]), lambda processor: processor.factor.args[0].insert(0, 2.0)),
+    "class_attribute": (lambda: 1.0, lambda processor: processor.factors.insert(0, 2.0)),
+    "attributes": (lambda: 1.0, lambda processor: setattr(processor, "__dict__", {"factor": 2.0})),
+    "class": (lambda: 1.0, lambda processor: setattr(processor, "__class__", _Doubling)),
+}
+
+
+class _Doubling(_Scaled):
+    def helper(self):
+        return 2.0
+
+
+class TestHidden:
+    """What a look at a model has to go far for."""
+
+    @pytest.fixture(autouse=True)
+    def class_stays(self, monkeypatch):
+        monkeypatch.setattr(_Scaled, "factors", [1.0])
+
+    @staticmethod
+    def processed(model, factor):
+        processor = model.mid_block.attentions[0].transformer_blocks[0].attn1.processor = _Scaled(factor)
+        return processor
+
+    @pytest.mark.parametrize("way", HIDDEN)
+    @torch.no_grad()
+    def test_change(self, tape, way):
+        make, change = HIDDEN[way]
+        model, eager = graphed(), fastsd.patch(build())
+        processors = [self.processed(each, make()) for each in (model, eager)]
+        assert torch.equal(call(model), call(eager))
+        if way == "class_attribute":
+            change(processors[0])
+        else:
+            for processor in processors:
+                change(processor)
+        assert torch.equal(call(model), call(eager))
+        assert events(tape) == ["capture", "replay"] * 2
+
+    @torch.no_grad()
+    def test_change_inside_of_something_equal(self, tape):
+        model, eager = graphed(), fastsd.patch(build())
+        processors = [self.processed(each, [1.0]) for each in (model, eager)]
+        for processor in processors:
+            processor.factor = partial(_times, [1.0])
+        call(model)
+        for processor in processors:
+            processor.factor = partial(_times, [1.0])
+        call(model)
+        assert events(tape) == ["capture", "replay", "replay"]
+        for processor in processors:
+            processor.factor.args[0][0] = 2.0
+        assert torch.equal(call(model), call(eager))
+
+    @torch.no_grad()
+    def test_method_of_a_class(self, tape, monkeypatch):
+        model, eager = graphed(), fastsd.patch(build())
+        for each in (model, eager):
+            self.processed(each, 1.0)
+        before = call(model)
+        monkeypatch.setattr(_Scaled, "helper", lambda processor: 2.0)
+        assert torch.equal(call(model), call(eager))
+        assert not torch.equal(call(model), before)
+
+    @torch.no_grad()
+    def test_what_no_look_can_see(self, tape):
+        model = graphed()
+        self.processed(model, 1.0).array = numpy.ones(2)
+        call(model)
+        assert state(model).reason.endswith("attn1.processor.array is a ndarray, in which no change would be seen")
+        assert events(tape) == []
