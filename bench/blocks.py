@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fastsd
@@ -153,7 +152,7 @@ def measure(block: Block, count: int, ceiling: float, options: argparse.Namespac
         runs["compile"] = lambda: compiled(*given_last)
     error = harness.relative_l2(runs["fastsd"](), copy.deepcopy(stock).double()(*_tensors(given, Tensor.double)))
     timings = harness.interleaved(runs, harness.clock_for(options.device), options.repeats, warmup=2)
-    flops, out = _flops(stock, given), runs["eager"]()
+    flops, out = harness.flops_of(runs["eager"]), runs["eager"]()
     least = sum(t.nbytes for t in (*given, *stock.parameters(), out) if isinstance(t, Tensor))
     seconds = timings["fastsd"].median
     return Row(
@@ -184,12 +183,6 @@ def peak(device: torch.device) -> float:
 def _tensors(given: tuple[Any, ...], change: Callable[[Tensor], Any]) -> tuple[Any, ...]:
     """``given`` with its tensors changed; a size that an upsampling is asked for stays as it is."""
     return tuple(change(value) if isinstance(value, Tensor) else value for value in given)
-
-
-def _flops(module: nn.Module, given: tuple[Any, ...]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        module(*given)
-    return counter.get_total_flops()
 
 
 def table(rows: list[Row]) -> str:

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastsd_kernels.flops  # noqa: F401, counts the ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,6 +143,13 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def flops_of(run: Run) -> int:
+    """Multiplications and additions of the products of one run, whatever algorithms compute them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def write_json(path: Path, result: Any) -> None:

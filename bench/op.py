@@ -148,7 +148,7 @@ def measure(
     timings = harness.interleaved(
         {name: _over(calls, function) for name, function in providers.items()}, clock, repeats
     )
-    dtype = arguments.dtype_name(_first(sample).dtype)
+    dtype, flops = arguments.dtype_name(_first(sample).dtype), arithmetic(op, bench, sample)
     found.rows += [
         Row(
             case=sample.name,
@@ -156,11 +156,19 @@ def measure(
             dtype=dtype,
             median_s=timing.median / len(calls),
             bytes=traffic,
-            flops=bench.flops(**sample.kwargs),
+            flops=flops,
             speedup=timings["eager"].median / timing.median,
         )
         for name, timing in timings.items()
     ]
+
+
+def arithmetic(op: Op, bench: ModuleType, sample: Sample) -> int:
+    """The operations of one call: of the op's products as defined, unless the benchmark counts others."""
+    if hasattr(bench, "flops"):
+        return bench.flops(**sample.kwargs)
+    kwargs = sample.map_tensors(lambda tensor: tensor.to("meta")).kwargs
+    return harness.flops_of(lambda: getattr(fastsd_kernels, op.name)(**kwargs))
 
 
 def copy_ceiling(device: torch.device) -> float:

@@ -49,8 +49,3 @@ def sample(name: str, device: torch.device, dtype: torch.dtype) -> Sample:
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
-
-
-def flops(q: Tensor, k: Tensor, **others: Any) -> int:
-    """Of the two products."""
-    return 4 * q.numel() * k.shape[2]

@@ -113,12 +113,6 @@ def _plain_definition(x: Tensor, experts: Tensor, expert_biases: Tensor, padding
     return F.conv2d(x, experts[0], expert_biases[0], padding=padding)
 
 
-def flops(x: Tensor, experts: Tensor, **others: object) -> int:
-    """Of mixing E kernels for each sample, and of a convolution with the mixture; Winograd's algorithms do fewer."""
-    batch, kernel = x.shape[0], experts[0].numel()
-    return 2 * batch * kernel * (experts.shape[0] + x.shape[2] * x.shape[3])
-
-
 def conclusions(medians: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """Of each case the fastest strategy, what is chosen against it, and the overhead over a plain convolution.
 

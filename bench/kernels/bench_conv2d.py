@@ -61,8 +61,3 @@ def eager(
     z = x if skip is None else torch.cat([x, skip], dim=1)
     z = F.silu(F.group_norm(z, num_groups, norm_weight, norm_bias))
     return F.conv2d(z, weight, bias, padding=padding) + channel_bias[:, :, None, None]
-
-
-def flops(x: Tensor, weight: Tensor, **others: object) -> int:
-    """Of the convolution as defined; Winograd's algorithms do fewer."""
-    return 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3]

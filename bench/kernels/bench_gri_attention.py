@@ -124,12 +124,6 @@ def _flex(device: torch.device, grid: Size, window: Size, pool: Size) -> tuple[C
     return attend, create_block_mask(is_seen, None, None, count, count + cells, device=device), with_bias
 
 
-def flops(q: Tensor, grid: Size, window: Size, pool: Size, **others: Any) -> int:
-    """Of GRI as defined: a query's products with the keys of its window and all cells, and as many with the values."""
-    keys = window[0] * window[1] + math.ceil(grid[0] / pool[0]) * math.ceil(grid[1] / pool[1])
-    return 4 * q.numel() * keys
-
-
 def _windows(x: Tensor, grid: Size, window: Size) -> Tensor:
     """``[B, heads, N, d]`` to ``[B, heads, windows, w², d]``."""
     rows = x.unflatten(2, (grid[0] // window[0], window[0], grid[1] // window[1], window[1]))

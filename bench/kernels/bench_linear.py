@@ -62,8 +62,3 @@ def eager(x: Tensor, weight: Tensor, **given: Any) -> Tensor:
     """What the modules of a block compute: the op's definition."""
     nothing = {"bias": None, "norm_weight": None, "norm_bias": None, "norm_eps": None, "residual": None}
     return definition(x, weight, **nothing | {"activation": "none"} | given)
-
-
-def flops(x: Tensor, weight: Tensor, **others: Any) -> int:
-    """Of the product."""
-    return 2 * x.numel() * weight.shape[0]

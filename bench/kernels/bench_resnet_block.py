@@ -61,11 +61,3 @@ def eager(
     h = F.silu(F.group_norm(h, num_groups, norm2_weight, norm2_bias))
     shortcut = z if shortcut_weight is None else F.conv2d(z, shortcut_weight, shortcut_bias)
     return shortcut + F.conv2d(h, conv2_weight, conv2_bias, padding=1)
-
-
-def flops(
-    x: Tensor, conv1_weight: Tensor, conv2_weight: Tensor, shortcut_weight: Tensor | None = None, **others: object
-) -> int:
-    """Of the convolutions as defined; Winograd's algorithms do fewer."""
-    weights = conv1_weight.numel() + conv2_weight.numel() + (0 if shortcut_weight is None else shortcut_weight.numel())
-    return 2 * weights * x.shape[0] * x.shape[2] * x.shape[3]

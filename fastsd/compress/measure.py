@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsd_kernels.gri_attention.geometry import cell_count, covers, pieces
+import fastsd_kernels.flops  # noqa: F401, counts the ops
 
 EMBEDDINGS = "embeddings"
 _LISTS = ("down_blocks", "up_blocks")
 _LAST = ("conv_norm_out", "conv_act", "conv_out")
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Cost:
     Attributes:
         parameters: how many numbers its parameters have.
         bytes: of its parameters and buffers.
-        macs: multiply-accumulates of convolutions and linear layers, and of mixing kernels.
+        macs: multiply-accumulates of convolutions and linear layers, and of mixing kernels and their biases.
         attention_macs: those of the products of queries, keys and values.
     """
 
@@ -87,7 +86,7 @@ def measure(unet: Any, *, batch: int = 1, latent: int | None = None, tokens: int
     own = _without_weights(unet)
     _put_gri(own)
     inputs = models.example_inputs(own, batch, latent, tokens)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         own(**inputs)
     counts = counter.get_flop_counts()
     found = {}
@@ -179,46 +178,3 @@ def _put_gri(unet: Any) -> None:
 
 def _is_attention(op: str) -> bool:
     return "bmm" in op or "attention" in op
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """Operations of fastsd's ops, two a multiply-accumulate; an op is registered when its module is imported."""
-    import fastsd_kernels  # noqa: F401
-
-    return {torch.ops.fastsd.cond_conv2d: _cond_conv2d, torch.ops.fastsd.gri_attention: _gri_attention}
-
-
-def _cond_conv2d(
-    x: Shape,  # [B, C1, H, W]
-    experts: Shape,  # [E, K, C, R, R]
-    *others: Any,
-    out_shape: Shape,  # [B, K, H', W']
-    **keywords: Any,
-) -> int:
-    """Mixing E kernels of P numbers for each of B samples, then a convolution at L places: B·P·(E + L)."""
-    count, *kernel = experts
-    return 2 * x[0] * torch.Size(kernel).numel() * (count + torch.Size(out_shape[2:]).numel())
-
-
-def _gri_attention(
-    q: Shape,  # [B, heads, N, d]
-    k: Shape,
-    v: Shape,
-    grid: list[int],
-    window: list[int] | None = None,
-    pool: list[int] | None = None,
-    interaction: str = "joint",
-    *others: Any,
-    out_shape: Shape,
-    **keywords: Any,
-) -> int:
-    """Products of each query with the keys of its window and with all cells, and as many with values."""
-    batch, heads, tokens, width = q
-    cells = 0 if pool is None or covers(window, grid) else cell_count(grid, pool)
-    pairs = tokens * cells
-    if window is not None:
-        sides = [sum(n * n for n in pieces(length, step)) for length, step in zip(grid, window, strict=True)]
-        pairs += sides[0] * sides[1]
-    if interaction == "agent":
-        pairs += cells * tokens
-    return 4 * batch * heads * width * pairs

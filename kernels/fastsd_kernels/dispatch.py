@@ -103,6 +103,8 @@ class Op:
             the arguments without ``backend``. Without it, and elsewhere, the order of the device decides.
         autocast: device type to dtype: what floating-point arguments are cast to under ``torch.autocast``, ``None``
             for the dtype that is in force there. A device type that is missing runs on the arguments as they are.
+        flops: multiplications and additions of the products of a call, as ``torch.utils.flop_counter`` counts them in
+            the definition; takes the result, then the arguments without ``backend``. ``None`` for an op without any.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Op:
         backward: Callable[..., tuple[Any, ...]],
         autocast: dict[str, torch.dtype | None],
         prefer: Callable[..., str | None] | None = None,
+        flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.check = check
@@ -148,12 +151,18 @@ class Op:
         def gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             return (*backward(ctx, grad), None)
 
+        def count(*given: Any, out_val: Tensor) -> int:
+            *args, _ = complete(given)
+            assert flops is not None  # or nobody asks
+            return flops(out_val, *args)
+
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake_kernel, lib=_library)
         torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=_library)
         self.overload: Callable[..., Any] = getattr(torch.ops.fastsd, name).default
         for device_type, dtype in autocast.items():
             _library.impl(name, _autocast(self.overload, device_type, dtype), f"Autocast{device_type.upper()}")
+        self.flops = None if flops is None else count
         _registry[name] = self
 
     def __call__(self, *args: Any) -> Tensor:

@@ -10,10 +10,12 @@ import fastsd
 from bench import compress
 from bench.__main__ import main
 from bench.kernels import bench_cond_conv2d
+from bench.op import arithmetic
 from fastsd import models
 from fastsd.compress.measure import measure, total
 from fastsd.models import NamedModel
 from fastsd.nn.replacement import settings_of
+from fastsd_kernels.cond_conv2d import op
 from fastsd_kernels.conv2d import cpu_impl
 from fastsd_kernels.gri_attention import cpu_impl as cpu_attention
 from tests.compress.models import SMALL_SD, build
@@ -167,6 +169,7 @@ def test_a_wrong_yardstick_is_not_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_cond_conv2d_counts_mixing_and_convolution(small_case):
-    given = bench_cond_conv2d.sample_of(small_case, "small", torch.device("cpu"), torch.float32).kwargs
-    assert bench_cond_conv2d.flops(**given) == 2 * 2 * 9 * 16 * 16 * (3 + 64)
-    torch.testing.assert_close(bench_cond_conv2d.loop(**given), bench_cond_conv2d.eager(**given))
+    sample = bench_cond_conv2d.sample_of(small_case, "small", torch.device("cpu"), torch.float32)
+    # kernels, biases and routing; then the map
+    assert arithmetic(op, bench_cond_conv2d, sample) == 2 * 2 * (3 * (9 * 16 * 16 + 16 + 16) + 9 * 16 * 16 * 64)
+    torch.testing.assert_close(bench_cond_conv2d.loop(**sample.kwargs), bench_cond_conv2d.eager(**sample.kwargs))

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from bench import gri_fidelity, gri_scaling, harness
 from bench.__main__ import main
 from bench.kernels import bench_gri_attention as bench
+from bench.op import arithmetic
 from fastsd_kernels import gri_attention
+from fastsd_kernels.gri_attention import op
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,8 @@ def test_merge_counts_cells_beside_a_window_that_is_the_map():
 
 
 def test_cases_count_what_they_do():
-    given = bench.sample_of(bench.Case(1, 2, 16, 8, 4, 8), "small", torch.device("cpu"), torch.float32).kwargs
-    assert bench.flops(**given) == 2 * 2 * 2 * 256 * 8 * (16 + 4)
+    sample = bench.sample_of(bench.Case(1, 2, 16, 8, 4, 8), "small", torch.device("cpu"), torch.float32)
+    assert arithmetic(op, bench, sample) == 2 * 2 * 2 * 256 * 8 * (16 + 4)
     assert all(case.side % case.window == case.side % case.pool == 0 for case in bench.CASES.values())
     assert all(case.window < case.side for case in bench.CASES.values())
 

@@ -23,8 +23,7 @@ EITHER_PRODUCT = (
 
 def pytest_generate_tests(metafunc):
     if metafunc.module.__name__.rpartition(".")[2] in EITHER_PRODUCT:
-        metafunc.fixturenames.append("_own_product")
-        metafunc.parametrize("_own_product", [False, True], ids=["torchs_product", "own_product"], indirect=True)
+        metafunc.parametrize("_measured_speed", [False, True], ids=["torchs_product", "own_product"], indirect=True)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,14 +36,9 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _no_measured_speed(monkeypatch):
+def _measured_speed(request, monkeypatch):
     """What is replaced by what must not depend on the processor; EITHER_PRODUCT and others try the other case."""
-    monkeypatch.setattr(cpu_speed, "_is_faster", False)
-
-
-@pytest.fixture
-def _own_product(request, monkeypatch, _no_measured_speed):
-    monkeypatch.setattr(cpu_speed, "_is_faster", request.param)
+    monkeypatch.setattr(cpu_speed, "_is_faster", getattr(request, "param", False))
 
 
 @pytest.fixture(autouse=True)

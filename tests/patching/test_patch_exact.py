@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsd
 from tests.patching.models import (
@@ -18,6 +19,7 @@ from tests.patching.models import (
     op_calls,
     relative_error,
 )
+from tests.proving.flops import flops_of, flops_without_hooks
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -66,6 +68,18 @@ def test_autocast(name):
         fused = block_count(name) if name == "scale_shift" else norm_count(name)
         assert op_calls(lambda: call(model)) == fused
     assert relative_error(patched, exact) <= 1.5 * relative_error(stock, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_flops(name):
+    model = build(name)
+    # torch has no formula for its own attention of the CPU
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = flops_of(lambda: call(model))
+        fastsd.patch(model, strict=True)
+        assert flops_of(lambda: call(model)) == stock
+        assert flops_without_hooks(lambda: call(model)) == stock
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -13,7 +13,7 @@ from tests.patching.models import assert_as_stock, build, call, calls_of
 
 
 @pytest.fixture(autouse=True)
-def _faster(monkeypatch, _no_measured_speed):
+def _faster(monkeypatch, _measured_speed):
     """As on a processor that torch's products are slow on."""
     monkeypatch.setattr(cpu_speed, "_is_faster", True)
 

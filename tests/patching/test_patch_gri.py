@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import LoraConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastsd
@@ -33,6 +34,7 @@ from tests.patching.models import (
     fingerprint,
     relative_error,
 )
+from tests.proving.flops import flops_of, flops_without_hooks
 
 
 @torch.no_grad()
@@ -40,6 +42,18 @@ def test_off_unless_asked_for():
     model = fastsd.patch(build())
     assert approximate(model) == []
     assert gri_calls(lambda: call(model)) == 0
+
+
+@torch.no_grad()
+def test_flops():
+    model = build()
+    with sdpa_kernel(SDPBackend.MATH):  # torch has no formula for its own attention of the CPU
+        stock = flops_of(lambda: call(model))
+        fastsd.patch(model, gri=SMALL)
+        # three layers of 4 channels, two samples of 16² tokens: 4² keys of a window and 8² cells
+        saved = 3 * 4 * 4 * 2 * 256 * (256 - 16 - 64)
+        assert flops_of(lambda: call(model)) == stock - saved
+        assert flops_without_hooks(lambda: call(model)) == stock - saved
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ MASK = torch.zeros(2, 1, 30).masked_fill(torch.arange(30) > 20, -10000.0)
 
 
 @pytest.fixture(autouse=True)
-def _faster(monkeypatch, _no_measured_speed):
+def _faster(monkeypatch, _measured_speed):
     """As on a processor that torch's products are slow on."""
     monkeypatch.setattr(cpu_speed, "_is_faster", True)
 

@@ -73,6 +73,10 @@ def _fake(q: Tensor, *args: Any) -> Tensor:
     return empty_heads(q)
 
 
+def _flops(y: Tensor, q: Tensor, k: Tensor, *args: Any) -> int:
+    return 4 * q.numel() * k.shape[2]
+
+
 _setup_context, _backward = gradient_of(widened)
 
 op = Op(
@@ -83,4 +87,5 @@ op = Op(
     setup_context=_setup_context,
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
+    flops=_flops,
 )

@@ -214,6 +214,20 @@ def _fake(x: Tensor, experts: Tensor, *args: Any) -> Tensor:
     return empty_map(x, experts.shape[1], is_channels_last(x), out_size)
 
 
+def _flops(
+    y: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    expert_biases: Tensor | None,
+    alpha: Tensor | None,
+    routing_weight: Tensor | None,
+    *args: Any,
+) -> int:
+    """Of routing and mixing, where each number of an expert counts once a sample, and of the convolution."""
+    mixed = sum(tensor.numel() for tensor in (experts, expert_biases, routing_weight) if tensor is not None)
+    return 2 * (x.shape[0] * mixed + y.numel() * experts.shape[2:].numel())
+
+
 _setup_context, _backward = gradient_of(definition)
 
 op = Op(
@@ -224,4 +238,5 @@ op = Op(
     setup_context=_setup_context,
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
+    flops=_flops,
 )

@@ -200,6 +200,10 @@ def _prefer(
     return measured.backend(None if algorithm else measured.fastest(x, weight, stride, padding, upsample_size))
 
 
+def _flops(y: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
+    return 2 * y.numel() * weight.shape[1:].numel()
+
+
 _setup_context, _backward = gradient_of(definition)
 
 op = Op(
@@ -211,4 +215,5 @@ op = Op(
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
     prefer=_prefer,
+    flops=_flops,
 )

@@ -10,6 +10,7 @@ from torch import SymInt, Tensor
 from fastsd_kernels.checks import check_dtype, check_kind
 from fastsd_kernels.dispatch import Op
 from fastsd_kernels.gradient import gradient_of
+from fastsd_kernels.gri_attention.geometry import bands, cell_count, covers
 from fastsd_kernels.gri_attention.reference import widened
 from fastsd_kernels.heads import empty_heads
 
@@ -162,6 +163,31 @@ def _fused_gradient(grad: Tensor, backend: str | None, *inputs: Any) -> tuple[Te
     return dq, dk, dv, None, None, None, None, None, d_gate, None
 
 
+def _flops(
+    y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int] | None,
+    pool: Sequence[int] | None,
+    interaction: str,
+    *args: Any,
+) -> int:
+    """Of queries with the keys of their window and with all cells, and as many with values; of agents with all keys."""
+    batch, heads, tokens, width = q.shape
+    pairs = 0
+    if window is not None:
+        rows, columns = (
+            sum((band.stop - band.start) * band.window for band in bands(length, step))
+            for length, step in zip(grid, window, strict=True)
+        )
+        pairs += rows * columns
+    if pool is not None and not covers(window, grid):
+        pairs += (2 if interaction == "agent" else 1) * tokens * cell_count(grid, pool)
+    return 4 * batch * heads * width * pairs
+
+
 _setup_context, _backward = gradient_of(widened, _fused_gradient)
 
 op = Op(
@@ -172,4 +198,5 @@ op = Op(
     setup_context=_setup_context,
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
+    flops=_flops,
 )

@@ -102,6 +102,10 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features(weight, args[4])))
 
 
+def _flops(y: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 _setup_context, _backward = gradient_of(definition)
 
 op = Op(
@@ -112,4 +116,5 @@ op = Op(
     setup_context=_setup_context,
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
+    flops=_flops,
 )

@@ -210,6 +210,12 @@ def _prefer(x: Tensor, conv1_weight: Tensor | None, conv2_weight: Tensor | None,
     return backends.pop() if len(backends) == 1 else None
 
 
+def _flops(y: Tensor, x: Tensor, conv1_weight: Tensor | None, conv2_weight: Tensor | None, *args: Any) -> int:
+    batch, _, height, width = x.shape
+    weights = (conv1_weight, conv2_weight, args[11])  # the last is the shortcut's
+    return 2 * batch * height * width * sum(weight.numel() for weight in weights if weight is not None)
+
+
 _setup_context, _backward = gradient_of(definition)
 
 op = Op(
@@ -221,4 +227,5 @@ op = Op(
     backward=_backward,
     autocast={"cpu": None, "cuda": None},
     prefer=_prefer,
+    flops=_flops,
 )
