@@ -1,4 +1,4 @@
-"""``python -m bench unet``: one forward of a U-Net (a ControlNet, a VAE decoder), fastsd against its baselines."""
+"""``python -m bench unet``: one forward of a U-Net (or of what else has a name), fastsd against its baselines."""
 
 import argparse
 import gc

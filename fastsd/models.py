@@ -25,7 +25,7 @@ class UnknownModel(ValueError):
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A diffusers model class and the arguments that build it."""
+    """A model class of diffusers and the arguments that build it; of transformers' those of its configuration."""
 
     model_class: str
     config: dict[str, Any]
@@ -36,6 +36,7 @@ class NamedModel:
 
 
 MODEL_CLASSES = ("UNet2DConditionModel", "UNet2DModel", "ControlNetModel", "AutoencoderKL")
+_TEXT_CLASS = "CLIPTextModel"
 
 _SD15 = NamedModel("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8})
 _SD21 = _SD15 | {
@@ -118,6 +119,10 @@ MODELS: dict[str, NamedModel] = {
             "latent_channels": 4,
         },
     ),
+    "text-sd15": NamedModel(
+        _TEXT_CLASS,
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    ),
 }
 
 
@@ -134,7 +139,8 @@ def load(
         weights: ``False`` leaves those of a named model undefined, which takes no time: for a look at the structure.
 
     Returns:
-        A model of one of :data:`MODEL_CLASSES`, or a ``DiffusionPipeline`` for the folder or id of a pipeline.
+        A model of one of :data:`MODEL_CLASSES` or, by name alone, a ``CLIPTextModel``; or a ``DiffusionPipeline`` for
+        the folder or id of a pipeline.
 
     Raises:
         UnknownModel: nothing answers to ``model``; the message lists what is known.
@@ -153,22 +159,29 @@ def load(
 
 
 def _build(named: NamedModel, dtype: torch.dtype, device: torch.device, weights: bool) -> Model:
-    import diffusers
-
-    build = getattr(diffusers, named.model_class)
     if not weights:
         with torch.device("meta"):
-            model = build(**named.config)
+            model = _built(named)
         model = torch.nn.Module.to(model, dtype).to_empty(device=device)
         return model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         with device:
-            model = build(**named.config)
+            model = _built(named)
         if device.type != "meta":
             _fill_zero_convolutions(model)
     # diffusers' own `to` warns of modules to keep in float32; these models have none
     return torch.nn.Module.to(model, dtype).eval()
+
+
+def _built(named: NamedModel) -> Model:
+    if named.model_class == _TEXT_CLASS:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig(**named.config))
+    import diffusers
+
+    return getattr(diffusers, named.model_class)(**named.config)
 
 
 def _fill_zero_convolutions(model: Model) -> None:
@@ -263,6 +276,9 @@ def example_inputs(model: Model, batch: int = 1, latent: int | None = None, toke
         return torch.randn(shape, generator=generator).to(model.device, model.dtype)
 
     inputs: dict[str, Any] = {"return_dict": False}
+    if type(model).__name__ == _TEXT_CLASS:
+        ids = torch.randint(config.vocab_size, (batch, tokens), generator=generator)
+        return inputs | {"input_ids": ids.to(model.device)}
     if type(model).__name__ == "AutoencoderKL":
         return inputs | {"z": normal(batch, config.latent_channels, latent, latent)}
 

@@ -26,6 +26,7 @@ PARAMETERS = {
     "tiny": 13_604,
     "controlnet-sd15": 361_279_120,
     "vae-sd": 83_653_863,
+    "text-sd15": 123_060_480,
 }
 
 SMALL_UNET = models.MODELS["tiny"].config
@@ -74,7 +75,11 @@ def test_named_model_has_its_size_and_can_be_called(name):
     with torch.no_grad():
         output = models.entry_point(model)(**models.example_inputs(model))
     side = models.default_latent(model)
-    expected = {"controlnet-sd15": (1, 320, side, side), "vae-sd": (1, 3, 8 * side, 8 * side)}
+    expected = {
+        "controlnet-sd15": (1, 320, side, side),
+        "vae-sd": (1, 3, 8 * side, 8 * side),
+        "text-sd15": (1, 77, 768),
+    }
     first = output[0][0] if name == "controlnet-sd15" else output[0]
     assert tuple(first.shape) == expected.get(name, (1, 4, side, side))
 

@@ -1,4 +1,6 @@
-// GELU for the vectorised kernels, which include this file inside their namespace.
+// GELUs for the vectorised kernels, which include this file inside their namespace.
+
+#include "silu_kernel.h"
 
 // z * (1 + erf(z / sqrt(2))) / 2; make one outside the loop.
 //
@@ -25,4 +27,15 @@ class Gelu {
     const float erf = t > 3.9f * 3.9f ? sign : inside;
     return z * (0.5f * erf + 0.5f);
   }
+};
+
+// z * sigmoid(1.702 z); make one outside the loop.
+class QuickGelu {
+ public:
+  __attribute__((always_inline)) QuickGelu() {}  // as above
+
+  float operator()(float z) const { return silu.gate(z, 1.702f * z); }
+
+ private:
+  const Activation<true> silu;
 };

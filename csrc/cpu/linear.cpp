@@ -37,14 +37,14 @@ constexpr int64_t kPackedBytes = 12 * 1024 * 1024;  // of weights that are packe
 constexpr int64_t kTasksPerThread = 4;
 
 template <typename T>
-LinearKernels<T> linear_kernels_for(Isa isa, bool gelu, bool geglu) {
+LinearKernels<T> linear_kernels_for(Isa isa, Follows follows) {
   switch (isa) {
     case Isa::avx512:
-      return avx512::linear_kernels<T>(gelu, geglu);
+      return avx512::linear_kernels<T>(follows);
     case Isa::avx2:
-      return avx2::linear_kernels<T>(gelu, geglu);
+      return avx2::linear_kernels<T>(follows);
     default:
-      return baseline::linear_kernels<T>(gelu, geglu);
+      return baseline::linear_kernels<T>(follows);
   }
 }
 
@@ -190,6 +190,14 @@ struct Linear {
   }
 };
 
+Follows follows_named(const std::string& activation) {
+  if (activation == "none") return Follows::nothing;
+  if (activation == "gelu") return Follows::gelu;
+  if (activation == "quick_gelu") return Follows::quick_gelu;
+  if (activation == "geglu") return Follows::geglu;
+  throw std::invalid_argument("activation: expected one of those that linear has; got '" + activation + "'");
+}
+
 const float* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
@@ -199,7 +207,8 @@ const float* data_or_null(const std::optional<Tensor>& tensor) {
 void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight,
             std::optional<Tensor> norm_bias, std::optional<double> norm_eps, std::string activation,
             std::optional<Tensor> residual, int64_t isa, Tensor out) {
-  const bool gelu = activation == "gelu", geglu = activation == "geglu";
+  const Follows follows = follows_named(activation);
+  const bool geglu = follows == Follows::geglu;
   const int64_t rows = x.size(0), depth = x.size(1), features = out.size(1);
   if (weight.size(0) != (geglu ? 2 : 1) * features || weight.size(1) != depth || out.numel() == 0)
     throw std::invalid_argument("weight: expected [out, in], of geglu twice as many rows as the result has features");
@@ -221,7 +230,7 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
         {data_or_null(norm_weight), data_or_null(norm_bias), float(norm_eps.value_or(0.0))},
         {static_cast<T*>(out.mutable_data_ptr()), out.stride(0),
          residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, residual ? residual->stride(0) : 0},
-        linear_kernels_for<T>(checked_isa(isa), gelu, geglu)}
+        linear_kernels_for<T>(checked_isa(isa), follows)}
         .run();
   });
 }

@@ -8,6 +8,9 @@
 
 namespace fastsd {
 
+// What is made of sums and bias; of geglu there are sums of gates too.
+enum class Follows { nothing, gelu, quick_gelu, geglu };
+
 // The parameters of a LayerNorm; null for 1 and 0.
 struct RowNorm {
   const float *weight, *bias;

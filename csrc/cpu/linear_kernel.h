@@ -55,7 +55,8 @@ static void normalise(const T* x, int64_t depth, const RowNorm& norm, float* to)
   }
 }
 
-enum class Follows { nothing, gelu, geglu };
+template <Follows follows>
+using GeluOf = std::conditional_t<follows == Follows::quick_gelu, QuickGelu, Gelu>;
 
 // One row's features: act(sums + bias) + residual. Of geglu the sums are a panel of values, then one of gates, and so
 // is the bias.
@@ -64,11 +65,11 @@ static inline __attribute__((always_inline)) void finish_features(const float* _
                                                                   const float* __restrict bias,
                                                                   const float* __restrict gates,
                                                                   const T* __restrict residual, T* __restrict out,
-                                                                  const Gelu& gelu) {
+                                                                  const GeluOf<follows>& gelu) {
   float y[N];
   for (int i = 0; i < N; ++i) {
     y[i] = sums[i] + bias[i];
-    if (follows == Follows::gelu) y[i] = gelu(y[i]);
+    if (follows == Follows::gelu || follows == Follows::quick_gelu) y[i] = gelu(y[i]);
     if (follows == Follows::geglu) y[i] *= gelu(gates[i] + bias[kPanel + i]);
   }
   if (residual)
@@ -79,7 +80,7 @@ static inline __attribute__((always_inline)) void finish_features(const float* _
 // The features of a panel. sums: [rows, kPanel], of geglu [2, rows, kPanel]; bias: [kPanel], or twice that.
 template <Follows follows, typename T>
 static void finish(const float* sums, const float* bias, int64_t rows, int64_t features, const Rows<T>& to) {
-  const Gelu gelu;
+  const GeluOf<follows> gelu;
   for (int64_t row = 0; row < rows; ++row) {
     const float *from = sums + row * kPanel, *gates = from + rows * kPanel;
     T* out = to.out + row * to.out_row;
@@ -93,9 +94,10 @@ static void finish(const float* sums, const float* bias, int64_t rows, int64_t f
 }
 
 template <typename T>
-static LinearKernels<T> linear_kernels(bool gelu, bool geglu) {
+static LinearKernels<T> linear_kernels(Follows follows) {
   return {widen<T>, normalise<T>, pack_panel<T>, multiply,
-          geglu  ? finish<Follows::geglu, T>
-          : gelu ? finish<Follows::gelu, T>
-                 : finish<Follows::nothing, T>};
+          follows == Follows::geglu        ? finish<Follows::geglu, T>
+          : follows == Follows::quick_gelu ? finish<Follows::quick_gelu, T>
+          : follows == Follows::gelu       ? finish<Follows::gelu, T>
+                                           : finish<Follows::nothing, T>};
 }

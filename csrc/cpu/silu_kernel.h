@@ -21,10 +21,12 @@ class Activation {
  public:
   __attribute__((always_inline)) Activation() {}  // the implicit one is not compiled for the instruction set
 
-  float operator()(float u) const {
-    if (!silu) return u;
+  float operator()(float u) const { return silu ? gate(u, u) : u; }
+
+  // u / (1 + exp(-v))
+  float gate(float u, float v) const {
     int32_t bits;
-    __builtin_memcpy(&bits, &u, sizeof bits);
+    __builtin_memcpy(&bits, &v, sizeof bits);
     bits = bits < highest ? bits : highest;
     uint32_t magnitude = uint32_t(bits);
     magnitude = magnitude < lowest ? magnitude : lowest;

@@ -34,6 +34,7 @@ constexpr int kPieces = STEP / VECTOR;
 constexpr int kScratchRow = kWarpWeights + 8;  // floats; the 8 keep rows out of each other's banks
 
 constexpr int kMomentsThreads = 256;
+constexpr int kGelu = 1;  // of `activate`; 2 is quick_gelu
 
 static_assert(TILE_ROWS % kWarpRows == 0 && TILE_FEATURES % WARP_FEATURES == 0 && kWarpWeights % 16 == 0,
               "a warp computes whole fragments");
@@ -44,6 +45,11 @@ static_assert(WARP_FEATURES % OUT_VECTOR == 0 && kColumn % VECTOR == 0, "whole a
 __device__ float gelu(float z) {
   constexpr float kSqrtHalf = 0.707106781f;
   return 0.5f * z * (1.0f + erff(z * kSqrtHalf));
+}
+
+// z σ(1.702 z)
+__device__ float quick_gelu(float z) {
+  return __fdividef(z, 1.0f + expf(-1.702f * z));
 }
 
 // Starts to bring STEP elements from `first` on of kRows rows to shared memory: zeros behind the last, and for rows
@@ -238,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentThreads / kThrea
         for (int v = 0; v < OUT_VECTOR; ++v) z[v] *= gelu(gate[v] + own_biases[WARP_FEATURES + of_warp + v]);
       } else if (activate) {
 #pragma unroll
-        for (int v = 0; v < OUT_VECTOR; ++v) z[v] = gelu(z[v]);
+        for (int v = 0; v < OUT_VECTOR; ++v) z[v] = activate == kGelu ? gelu(z[v]) : quick_gelu(z[v]);
       }
       const i64 index = first_row + row;
       if (residual != nullptr) load(residual + index * residual_stride + feature, more);

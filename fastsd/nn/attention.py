@@ -12,6 +12,7 @@ from fastsd.nn.convolution import normalise, wants_gradient
 from fastsd.nn.linear import example_projection, is_fused, project
 from fastsd.nn.plain import is_idle, is_overwritten, remember, why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings, settings_of
+from fastsd.nn.text import keys_and_values
 from fastsd.nn.tokens import as_map, as_tokens
 from fastsd_kernels import attention
 from fastsd_kernels.checks import DTYPES
@@ -134,7 +135,7 @@ def attend(
     else:
         context = attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
         q = project(owner, attn, "to_q", x, norm=norm)
-        k, v = (project(owner, attn, name, context) for name in ("to_k", "to_v"))
+        k, v = keys_and_values(owner, attn, context)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     if type(attn.processor) is not AttnProcessor:  # which knows of no such norms
         q = q if attn.norm_q is None else attn.norm_q(q)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.nn.plain import PLAIN, is_method_of
+from fastsd.nn.replacement import Settings
 
 GRAPHS = "_fastsd_graphs"  # where a model's graphs stand
 PLAIN_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
@@ -166,6 +167,8 @@ class Frozen:
         self._objects.append(found)
         inside = list(self._add_classes(type(found)))
         attributes = self._add_dict(path, vars(found))
+        if isinstance(found, Settings):  # but what a module keeps by itself
+            attributes = [each for each in attributes if each[1] is not found.kept]
         if not isinstance(found, nn.Module):
             return inside + attributes
         is_root = found is self._root

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -15,11 +15,16 @@ SETTINGS = "_fastsd"
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``patch`` leaves on a replaced module, in its attribute ``_fastsd``; ``unpatch`` takes it away."""
+    """What ``patch`` leaves on a replaced module, in its attribute ``_fastsd``; ``unpatch`` takes it away.
+
+    Attributes:
+        kept: what its forward keeps from call to call, by name; gone with the settings.
+    """
 
     rule: Rule
     stock: type[nn.Module]
     backend: str | None
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def active_settings(module: nn.Module) -> Settings | None:

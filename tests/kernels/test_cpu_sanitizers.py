@@ -39,6 +39,8 @@ for isa in range(cpu_runtime.isa() + 1):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for sample in op.cases.samples("cpu", dtype):
                 check_op(op, sample.map_tensors(lambda t: t.clone()), "cpu")
+    for size in (0, 1, 67, 100_003):
+        kernels.digest(torch.randn(size), isa)
     for algorithm in ("product", "winograd2", "winograd4"):  # more channels than have their weights transformed at once
         for memory_format in (torch.contiguous_format, torch.channels_last):
             wide = torch.randn(33, 1601, 3, 3).contiguous(memory_format=memory_format)

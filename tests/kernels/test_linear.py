@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 from fastsd_kernels import linear
 from fastsd_kernels.linear import op
@@ -30,3 +31,5 @@ def test_reference_is_the_modules_of_a_transformer(dtype):
     assert torch.equal(z, out(y) + x)
     gelu = linear(x, geglu.proj.weight, geglu.proj.bias, activation="gelu", backend="reference")
     assert torch.equal(gelu, nn.functional.gelu(geglu.proj(x)))
+    quick = linear(x, geglu.proj.weight, geglu.proj.bias, activation="quick_gelu", backend="reference")
+    assert torch.equal(quick, QuickGELUActivation()(geglu.proj(x)))

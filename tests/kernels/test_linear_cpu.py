@@ -60,10 +60,11 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_infinities_into_gelu():
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_infinities_into_gelu(activation):
     """As in float64; torch's own float32 kernel makes NaN of inf."""
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, -1e30]).repeat(8)[:, None]
-    y = linear(x, torch.ones(1, 1), activation="gelu", backend="cpu")[:4, 0]
+    y = linear(x, torch.ones(1, 1), activation=activation, backend="cpu")[:4, 0]
     assert y[0] == torch.inf
     assert y[1:3].isnan().all()
     assert y[3] == 0
@@ -76,3 +77,5 @@ def test_tensors_that_are_not_the_ops_are_refused():
         call(x, weight, None, None, None, None, "geglu", None, 0, torch.empty(4, 6))
     with pytest.raises(ValueError, match="a row for each"):
         call(x, weight, None, None, None, None, "none", None, 0, torch.empty(3, 6))
+    with pytest.raises(ValueError, match="got 'relu'"):
+        call(x, weight, None, None, None, None, "relu", None, 0, torch.empty(4, 6))

@@ -221,7 +221,7 @@ def test_empty_results_need_no_launch():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu", "geglu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_compiled(dtype, activation, target):
     for around in ("bare", "everything"):
@@ -379,6 +379,7 @@ def device_samples(dtype: torch.dtype) -> Iterator[Sample]:
         (64, 1280, 10240, "geglu", True),
         (64, 5120, 1280, "none", False),
         (77, 768, 320, "none", False),
+        (77, 768, 3072, "quick_gelu", True),
     ):
         given: dict[str, Any] = {
             "x": random_tensor((2, tokens, channels), **like),

@@ -16,6 +16,7 @@ EITHER_PRODUCT = (
     "test_patch_copies",
     "test_patch_exact",
     "test_patch_hooks",
+    "test_patch_text",
     "test_patch_verbs",
     "test_patch_weights",
 )

@@ -20,7 +20,7 @@ import sys
 import torch
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("diffusers", "triton", "cuda"):
+        if name.split(".")[0] in ("diffusers", "transformers", "triton", "cuda"):
             raise ImportError(f"{name} is not installed")
 sys.meta_path.insert(0, Refuse())
 import fastsd

@@ -9,7 +9,7 @@ from fastsd_kernels.dispatch import Op
 from fastsd_kernels.gradient import gradient_of
 from fastsd_kernels.linear.reference import linear as definition
 
-ACTIVATIONS = ("none", "gelu", "geglu")
+ACTIVATIONS = ("none", "gelu", "quick_gelu", "geglu")
 _SCHEMA = """(
     Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, Tensor? norm_bias=None,
     float? norm_eps=None, str activation="none", Tensor? residual=None, str? backend=None
@@ -35,7 +35,8 @@ def linear(
         z = u W^\top + b, \qquad
         y = \mathrm{act}(z) + \mathrm{residual}
 
-    act(z) is z, gelu(z) = z Φ(z) with the normal distribution's Φ, or, of z = (a, g) in halves, a · gelu(g).
+    act(z) is z, gelu(z) = z Φ(z) with the normal distribution's Φ, quick_gelu(z) = z σ(1.702 z), or, of z = (a, g) in
+    halves, a · gelu(g).
 
     Args:
         x: ``[..., K]``, float16, bfloat16, float32 or float64; any strides.
@@ -43,7 +44,7 @@ def linear(
         bias: b, as long as W has rows, any floating-point dtype; ``None`` for 0.
         norm_weight, norm_bias: w_n and b_n, ``[K]``, any floating-point dtype; ``None`` for 1 and 0.
         norm_eps: of the LayerNorm over K; ``None`` for no norm, u = x.
-        activation: ``"none"``, ``"gelu"`` (exact, by erf) or ``"geglu"``.
+        activation: ``"none"``, ``"gelu"`` (exact, by erf), ``"quick_gelu"`` (by the logistic function) or ``"geglu"``.
         residual: ``[..., N]``, ``x``'s dtype, any strides.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``None`` takes the fastest that serves.
 

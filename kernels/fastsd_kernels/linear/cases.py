@@ -62,7 +62,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         ("no_rows", (0,), 8, 4),
         ("empty_batch", (0, 5), 8, 4),
     ):
-        for activation in ("none", "gelu", "geglu"):
+        for activation in ("none", "gelu", "quick_gelu", "geglu"):
             given = everything(rows, channels, out, activation)
             yield sample(f"{name}_{activation}", rows, channels, out, activation, **given)
         yield sample(f"{name}_bare", rows, channels, out)
@@ -92,14 +92,16 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     far = plain["x"] + (2048 if dtype in (torch.float16, torch.bfloat16) else 30000)
     yield Sample("large_mean", plain | given | {"x": far})
     yield Sample("constant_rows", plain | given | {"x": torch.full_like(plain["x"], 3.0)})
-    # the tails of gelu: exactly 0 and z beyond what float32 tells apart, and all that lies between
-    steps = torch.linspace(-15, 15, 601, device=device).to(dtype)[:, None]
-    yield Sample("tails_of_gelu", {"x": steps, "weight": random_tensor((1, 1), **like) * 0 + 1, "activation": "gelu"})
+    # the tails: exactly 0 and z beyond what float32 tells apart, and all that lies between
+    one = torch.ones((1, 1), **like)
     huge = torch.tensor([[-3e4], [3e4], [-0.0], [0.0]], **like)
-    yield Sample("huge_into_gelu", {"x": huge, "weight": huge[1:2] * 0 + 1, "activation": "gelu"})
+    for activation, tail in (("gelu", 15), ("quick_gelu", 60)):
+        steps = torch.linspace(-tail, tail, 601, device=device).to(dtype)[:, None]
+        yield Sample(f"tails_of_{activation}", {"x": steps, "weight": one, "activation": activation})
+        yield Sample(f"huge_into_{activation}", {"x": huge, "weight": one, "activation": activation})
     for name, value in (("nan", torch.nan), ("inf", torch.inf)):
         # torch's own gelu of inf is NaN in float32 and inf in float64
-        for activation in ("none", "geglu") if name == "inf" else ("none", "gelu", "geglu"):
+        for activation in ("none", "quick_gelu", "geglu") if name == "inf" else ("none", "gelu", "quick_gelu", "geglu"):
             broken = sample(name, (2, 19), 40, 24, activation).kwargs
             broken["x"][1, 5, 3] = value
             yield Sample(f"{name}_in_x_{activation}", broken)

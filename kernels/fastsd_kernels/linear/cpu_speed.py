@@ -31,7 +31,7 @@ def measure() -> bool:
     """
     global _is_faster
     with _measuring:
-        if _is_faster is None and cpu_runtime.unavailable() is None and not _is_dispatched_elsewhere():
+        if _is_faster is None and cpu_runtime.unavailable() is None and not is_dispatched_elsewhere():
             _is_faster = _ratio() >= CLEARLY
     return bool(_is_faster)
 
@@ -41,7 +41,7 @@ def is_faster() -> bool:
     return bool(_is_faster) if _is_faster is not None or torch.compiler.is_compiling() else measure()
 
 
-def _is_dispatched_elsewhere() -> bool:
+def is_dispatched_elsewhere() -> bool:
     """Whether a mode (fake tensors, a profiler of calls) takes what torch computes, or a transform."""
     return (
         _get_current_dispatch_mode() is not None

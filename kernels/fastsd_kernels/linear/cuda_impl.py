@@ -25,6 +25,8 @@ _WARP = 32
 _WARP_ROWS = 32
 _MOMENTS_THREADS = 256
 _STAGES = 3  # steps that have room in shared memory: two are on their way while one is multiplied
+# Those that are not part of the variant
+_ACTIVATE = {"gelu": 1, "quick_gelu": 2}
 # What tiles may cover, relative to what the best suited ones would: the rest of it is work on nothing
 _MAX_COVERED = 9 / 8
 
@@ -218,7 +220,7 @@ def compute(
     sizes = [rows, width, features, x.stride(0), weight.stride(0), residual_stride]
     start(
         p.project,
-        [x, weight, moments, norm_weight, norm_bias, bias, residual, out, *sizes, int(activation == "gelu")],
+        [x, weight, moments, norm_weight, norm_bias, bias, residual, out, *sizes, _ACTIVATE.get(activation, 0)],
     )
     return out
 

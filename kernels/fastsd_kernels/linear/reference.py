@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,8 @@ def linear(
     y = F.linear(u, weight, None if bias is None else bias.to(x.dtype))
     if activation == "gelu":
         y = F.gelu(y)
+    elif activation == "quick_gelu":
+        y = y * torch.sigmoid(1.702 * y)
     elif activation == "geglu":
         value, gate = y.chunk(2, dim=-1)
         y = value * F.gelu(gate)

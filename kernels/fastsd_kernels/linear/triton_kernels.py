@@ -123,6 +123,8 @@ def project(
         total += load_vector(bias_ptr, n, n_inside)[None, :]
     if ACTIVATION == "gelu":
         total = gelu(total)
+    elif ACTIVATION == "quick_gelu":
+        total /= 1.0 + tl.exp(-1.702 * total)
     elif ACTIVATION == "geglu":
         if bias_ptr is not None:
             gate += load_vector(bias_ptr + features, n, n_inside)[None, :]

@@ -1,0 +1,319 @@
+"""CLIP text encoders: norms, sums and the activation inside the products, and stock where more is asked for."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip import modeling_clip
+
+import fastsd
+from fastsd.models import flat_output
+from fastsd.nn import text_encoder
+from fastsd.nn.replacement import settings_of
+from fastsd_kernels.linear import cpu_speed
+from tests.patching.models import Pipeline, assert_as_stock, build, calls_of
+
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
+TEXT = {"vocab_size": 50, "max_position_embeddings": 11, "eos_token_id": 49, "bos_token_id": 0, "pad_token_id": 1}
+IDS = torch.randint(2, 49, (2, 11), generator=torch.Generator().manual_seed(1)).index_fill(1, torch.tensor([8]), 49)
+MASK = (torch.arange(11) < torch.tensor([[9], [6]])).long()
+# of a layer: q, k, v, out, fc1, fc2
+PROJECTIONS = 6 * SIZES["num_hidden_layers"]
+
+
+@pytest.fixture(autouse=True)
+def _faster(monkeypatch, _measured_speed):
+    """As on a processor that torch's products are slow on."""
+    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+
+
+class _Others(TorchDispatchMode):
+    """How often ops of torch run that a fused layer does without."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition(".")[0]
+        self.names += [name] * (name in ("aten::native_layer_norm", "aten::addmm", "aten::gelu", "aten::sigmoid"))
+        return function(*args, **(kwargs or {}))
+
+
+def randomised(model):
+    """Norms that do not scale, and weights as small as stock's, would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+def encoder(cls=CLIPTextModel, hidden_act="quick_gelu", attention="sdpa", **changes):
+    torch.manual_seed(0)
+    config = CLIPTextConfig(**SIZES | TEXT | {"hidden_act": hidden_act, "projection_dim": 16} | changes)
+    config._attn_implementation = attention
+    return randomised(cls(config))
+
+
+def call(model, **given):
+    """All values of an output: last states, pooled or projected, and what else was asked for."""
+    return flat_output(model(input_ids=IDS, **given).to_tuple())
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, modeling_clip.CLIPEncoderLayer)]
+
+
+@pytest.mark.parametrize("is_faster", [False, True])
+@pytest.mark.parametrize("cls", [CLIPTextModel, CLIPTextModelWithProjection], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        pytest.param({}, {}, id="quick_gelu"),
+        pytest.param({"hidden_act": "gelu"}, {}, id="gelu"),
+        pytest.param({"hidden_act": "gelu_python"}, {}, id="gelu_python"),
+        pytest.param({"hidden_act": "gelu_new"}, {}, id="gelu_new"),
+        pytest.param({"layer_norm_eps": 0.1}, {}, id="eps"),
+        pytest.param({}, {"attention_mask": MASK}, id="masked"),
+        pytest.param({"attention": "eager"}, {"attention_mask": MASK}, id="masked_eager"),
+        pytest.param({}, {"output_hidden_states": True}, id="hidden_states"),
+        pytest.param({"attention": "eager"}, {"output_attentions": True}, id="attentions"),
+    ],
+)
+@torch.no_grad()
+def test_as_stock(changes, given, cls, is_faster, monkeypatch):
+    monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
+    model = encoder(cls, **changes)
+    stock = call(model, **given)
+    fastsd.patch(model, strict=True)
+    assert all(settings_of(layer).rule.name == "clip_layer" for layer in layers(model))
+    assert_as_stock(call(model, **given), stock)
+    assert calls_of("linear", lambda: call(model, **given)) == is_faster * PROJECTIONS
+    assert torch.equal(call(fastsd.unpatch(model), **given), stock)
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_norms_and_activations_are_in_the_products(hidden_act):
+    model = fastsd.patch(encoder(hidden_act=hidden_act))
+    with _Others() as others:
+        call(model)
+    assert others.names == ["aten::native_layer_norm"]  # the last one, which is in no layer
+
+
+@torch.no_grad()
+def test_states_are_those_of_every_layer():
+    """As pipelines with ``clip_skip`` read them; what records them stays on the model and may not slow it down."""
+    stock, model = encoder(), fastsd.patch(encoder())
+    expected = stock(IDS, output_hidden_states=True).hidden_states
+    states = model(IDS, output_hidden_states=True).hidden_states
+    assert len(states) == len(expected) == SIZES["num_hidden_layers"] + 1
+    for fast, of_stock in zip(states, expected, strict=True):
+        torch.testing.assert_close(fast, of_stock, rtol=1e-4, atol=1e-5)
+    assert calls_of("linear", lambda: call(model)) == PROJECTIONS
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "layer_norm1",
+        "self_attn",
+        "self_attn.q_proj",
+        "self_attn.out_proj",
+        "layer_norm2",
+        "mlp",
+        "mlp.fc1",
+        "mlp.activation_fn",
+        "mlp.fc2",
+    ],
+)
+@torch.no_grad()
+def test_a_hook_runs(path, when):
+    def put_on(model):
+        def triple(module, args, output):
+            return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
+
+        layers(model)[1].get_submodule(path).register_forward_hook(triple)
+        return model
+
+    stock = call(put_on(encoder()))
+    model = fastsd.patch(put_on(encoder())) if when == "before" else put_on(fastsd.patch(encoder()))
+    assert_as_stock(call(model), stock)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("target", ["q_proj", "out_proj", "fc1", "fc2"])
+@torch.no_grad()
+def test_lora(target):
+    def adapted(model):
+        torch.manual_seed(3)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=[target], init_lora_weights=False)).eval()
+
+    stock = call(adapted(encoder()))
+    assert not torch.allclose(stock, call(encoder()), rtol=0.1)
+    model = adapted(fastsd.patch(encoder()))
+    assert_as_stock(call(model), stock)
+    assert calls_of("linear", lambda: call(model)) == PROJECTIONS - SIZES["num_hidden_layers"]
+    with model.disable_adapter():
+        assert_as_stock(call(model), call(encoder()))
+
+
+CLASSES = (
+    modeling_clip.CLIPEncoderLayer,
+    modeling_clip.CLIPAttention,
+    modeling_clip.CLIPMLP,
+    QuickGELUActivation,
+    nn.LayerNorm,
+)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:fastsd.patch left")
+@torch.no_grad()
+def test_class_level_patches_run(monkeypatch, cls, when):
+    forward, model = cls.forward, encoder()
+
+    def triple(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
+
+    if when == "after":
+        fastsd.patch(model)
+    monkeypatch.setattr(cls, "forward", triple)
+    stock = call(encoder())
+    if when == "before":
+        fastsd.patch(model)
+    assert_as_stock(call(model), stock)
+
+
+@torch.no_grad()
+def test_an_attention_function_of_a_users_own_is_called():
+    seen = []
+
+    def first_value(module, q, k, v, attention_mask, scaling, dropout=0.0, **told):
+        seen.append((q.shape, q.stride(), attention_mask, scaling, dropout, told))
+        return v.transpose(1, 2), None
+
+    outputs = []
+    modeling_clip.ALL_ATTENTION_FUNCTIONS.register("first_value", first_value)
+    for prepare in (lambda model: model, fastsd.patch):
+        model = prepare(encoder())
+        model.config._attn_implementation = "first_value"
+        outputs.append(call(model.train()))
+    assert_as_stock(outputs[1], outputs[0])
+    of_stock, of_fast = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(of_stock) == SIZES["num_hidden_layers"]
+    assert of_fast == of_stock
+
+
+@torch.no_grad()
+def test_attention_dropout_draws_as_stock():
+    outputs = []
+    for prepare in (lambda model: model, fastsd.patch):
+        model = prepare(encoder(attention_dropout=0.5)).train()
+        torch.manual_seed(2)
+        outputs.append(call(model))
+    assert_as_stock(outputs[1], outputs[0])
+    assert calls_of("linear", lambda: call(model)) == PROJECTIONS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
+def test_gradients_are_stocks(checkpointing):
+    results = []
+    for prepare in (lambda model: model, fastsd.patch):
+        model = prepare(encoder()).requires_grad_().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        assert calls_of("linear", lambda model=model: model(IDS).last_hidden_state.square().sum().backward()) == 0
+        results.append([p.grad for p in model.parameters()])
+    for fast, stock in zip(*results, strict=True):
+        torch.testing.assert_close(fast, stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_other_dtypes_are_left_to_torch(dtype):
+    model = encoder().to(dtype)
+    stock = call(model)
+    assert torch.equal(call(fastsd.patch(model)), stock)
+
+
+@torch.no_grad()
+def test_autocast_is_stocks():
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = call(encoder())
+        assert torch.equal(call(fastsd.patch(encoder())), stock)
+
+
+@torch.no_grad()
+def test_compiled():
+    stock = call(encoder())
+    model = fastsd.patch(encoder())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids: model(ids).last_hidden_state, fullgraph=True, backend="eager")
+    assert_as_stock(flat_output(compiled(IDS)), flat_output(encoder()(IDS).last_hidden_state))
+    assert_as_stock(call(model), stock)
+
+
+@torch.no_grad()
+def test_image_encoders_have_the_same_layers():
+    def images():
+        torch.manual_seed(0)
+        config = CLIPVisionConfig(**SIZES, image_size=8, patch_size=4, projection_dim=16)
+        return randomised(CLIPVisionModelWithProjection(config))
+
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    stock = flat_output(images()(pixels).to_tuple())
+    model = fastsd.patch(images(), strict=True)
+    assert_as_stock(flat_output(model(pixels).to_tuple()), stock)
+    assert calls_of("linear", lambda: model(pixels)) == PROJECTIONS
+
+
+@torch.no_grad()
+def test_in_a_pipeline_and_in_copies(tmp_path):
+    pipe = fastsd.patch(Pipeline(unet=build(), text_encoder=encoder()), strict=True)
+    model, stock = pipe.components["text_encoder"], call(encoder())
+    for copied in (copy.deepcopy(model), (model.save_pretrained(tmp_path), CLIPTextModel.from_pretrained(tmp_path))[1]):
+        assert {type(layer) for layer in layers(copied)} == {modeling_clip.CLIPEncoderLayer}
+        assert {type(layer.self_attn) for layer in layers(copied)} == {modeling_clip.CLIPAttention}
+        assert torch.equal(call(copied), stock)
+    assert calls_of("linear", lambda: call(model)) == PROJECTIONS
+
+
+def test_report():
+    assert str(fastsd.report(fastsd.patch(encoder()))).splitlines() == [
+        "CLIPTextModel",
+        "  CLIPEncoderLayer     3  replaced by clip_layer → linear [cpu]",
+        "  CLIPAttention        3  replaced by clip_attention → linear [cpu]",
+        "  Embedding            2  left: no rule for this class",
+        "  LayerNorm            1  left: no rule for this class",
+    ]
+
+
+def test_layers_of_another_release_are_left(monkeypatch):
+    class OfTransformers4(nn.Module):
+        def forward(self, hidden_states, attention_mask, causal_attention_mask, output_attentions=False):
+            raise NotImplementedError
+
+    assert text_encoder.takes_what_is_known(modeling_clip.CLIPEncoderLayer)
+    assert not text_encoder.takes_what_is_known(OfTransformers4)
+    monkeypatch.setattr(text_encoder, "_IS_KNOWN", False)
+    model = encoder()
+    with pytest.warns(UserWarning, match=r"left 6 modules.*its forward is not that of transformers 5"):
+        fastsd.patch(model)
+    assert {type(layer) for layer in layers(model)} == {modeling_clip.CLIPEncoderLayer}
