@@ -7,9 +7,10 @@ nor that Python would decide otherwise by now: for another LoRA, scale of an ada
 import enum
 import functools
 import logging
+import numbers
 import re
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -25,17 +26,25 @@ from fastsd.nn.replacement import Settings
 
 GRAPHS = "_fastsd_graphs"  # where a model's graphs stand
 PLAIN_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
+_COMPARED = (*PLAIN_VALUES, numbers.Number)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 # what nobody changes, or what changes nothing of a forward
 _OPAQUE = (
-    *(*PLAIN_VALUES, type, enum.Enum, re.Pattern, PurePath, range, slice, logging.Logger, logging.LoggerAdapter),
-    *(types.BuiltinFunctionType, types.ModuleType, torch.layout),
+    *(*PLAIN_VALUES, numbers.Number, enum.Enum, re.Pattern, PurePath, range, slice, torch.layout, types.ModuleType),
+    *(logging.Logger, logging.LoggerAdapter),
 )
-# what only saving, loading, gradients and graphs read
+# whose functions nobody looks into: they read nothing that changes from outside of the model
+_TRUSTED = {"accelerate", "diffusers", "fastsd", "fastsd_kernels", "peft", "torch", "transformers"}
+# what only saving, loading, gradients and graphs read, and hooks, of which there may be none
 _UNREAD = {
     GRAPHS,
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
     "_load_state_dict_post_hooks",
     "_load_state_dict_pre_hooks",
     "_non_persistent_buffers_set",
@@ -43,23 +52,14 @@ _UNREAD = {
     "_state_dict_pre_hooks",
 }
 # what is put on a model runs around its forward, not in it
-_AROUND_A_FORWARD = {
-    "_diffusers_hook",
-    "_forward_hooks",
-    "_forward_hooks_always_called",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_hf_hook",
-    "_old_forward",
-    "forward",
-}
+_AROUND_A_FORWARD = {"_diffusers_hook", "_hf_hook", "_old_forward", "forward"}
 
 
 class Frozen:
     """A model as it is now: its modules and all that they hold, their classes, and where their tensors lie.
 
-    What functions read elsewhere, in their modules' globals or a decorator's closure, it does not see.
+    Of functions that are not of one of the well-known packages it sees the globals that they name, but not what these
+    modules and packages hold.
 
     Attributes:
         refusal: why a recorded forward would not do what the model's own does, as a sentence; ``None`` where it would.
@@ -75,18 +75,19 @@ class Frozen:
         self._classes: set[type] = set()
         self._paths: list[str] = []
         self._live: list[Collection[Any]] = []
+        self._hooks: list[Collection[Any]] = []
         self._walk()
-        self._values = [tuple(live) for live in self._live]
-        self._flat = list(chain.from_iterable(self._values))
-        self._sizes = list(map(len, self._values))
+        self._sizes = list(map(len, self._live))
+        self._flat = list(chain.from_iterable(self._live))
         self._attributes = list(map(vars, self._objects))
         self._types = list(map(type, self._objects))
         self._places = self._where()
+        self._is_hooked = any(self._hooks)
         self.devices = sorted({tensor.device for tensor in self.tensors}, key=str)
 
     def change(self) -> str | None:
         """What is different by now, by its path; ``None`` where nothing is."""
-        if self._is_untouched():
+        if self._is_untouched() or self._adopts_equal_values():
             return None
         now = Frozen(self._root)
         change = self._difference(now)
@@ -100,24 +101,42 @@ class Frozen:
 
     def _is_untouched(self) -> bool:
         # all in C: a model has some ten thousand of these
+        return all(map(is_, chain.from_iterable(self._live), self._flat)) and self._is_built_alike()
+
+    def _is_built_alike(self) -> bool:
         return (
             list(map(len, self._live)) == self._sizes
-            and all(map(is_, chain.from_iterable(self._live), self._flat))
             and all(map(is_, map(vars, self._objects), self._attributes))
             and list(map(type, self._objects)) == self._types
             and self._where() == self._places
+            and any(self._hooks) == self._is_hooked
         )
+
+    def _adopts_equal_values(self) -> bool:
+        """Whether all that is new are numbers and the like, equal to the old: a scale that each call sets, say."""
+        if not self._is_built_alike():
+            return False
+        flat = list(chain.from_iterable(self._live))
+        for now, then in zip(flat, self._flat, strict=True):
+            if now is not then and not (isinstance(now, _COMPARED) and _is_same(now, then)):
+                return False
+        self._flat = flat
+        return True
 
     def _difference(self, now: "Frozen") -> str | None:
         for path, other in zip(self._paths, now._paths, strict=False):
             if path != other:
                 return min(path, other) or "the model itself"
-        for path, then, values in zip(self._paths, self._values, now._values, strict=False):
-            if len(then) != len(values) or not all(map(_is_same, values, then)):
+        at = 0
+        for path, size, live in zip(self._paths, self._sizes, now._live, strict=False):
+            then, at = self._flat[at : at + size], at + size
+            if len(live) != size or not all(map(_is_same, live, then)):
                 return path or "the model itself"
         if len(self._paths) != len(now._paths) or self._types != now._types:
             return "the class of something that it holds"
-        return "the place of a tensor" if self._places != now._places else None
+        if self._places != now._places:
+            return "the place of a tensor"
+        return "a hook" if self._is_hooked != now._is_hooked else None
 
     def _where(self) -> list[Any]:
         return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in self.tensors]
@@ -135,11 +154,14 @@ class Frozen:
         """What is inside of ``found``, with its path; live, so that it is seen to change."""
         if isinstance(found, Tensor):
             return self._add_tensor(path, found)
+        if isinstance(found, type):
+            return self._add_classes(found)
         if isinstance(found, types.MethodType):
             return self._add(path, (found.__func__, found.__self__))
+        if isinstance(found, types.BuiltinFunctionType):
+            return [(f"{path}.__self__", found.__self__)]
         if isinstance(found, types.FunctionType):
-            closure = self._add(path, _Cells(found.__closure__ or ()))
-            return [*closure, *self._add(path, (found.__defaults__, found.__kwdefaults__))]
+            return self._add_function(path, found)
         if isinstance(found, functools.partial):
             return self._add(path, (found.func, found.args, found.keywords))
         inside: list[tuple[str, Any]] = []
@@ -150,7 +172,7 @@ class Frozen:
         slots = [name for cls in type(found).__mro__ for name in _slots(cls) if name not in ("__dict__", "__weakref__")]
         if slots:
             inside += self._add(path, _Slots(found, slots))
-        if hasattr(found, "__dict__"):
+        if hasattr(found, "__dict__") and type(found) is not OrderedDict:  # as those of hooks are, ten a module
             inside += self._add_object(path, found)
         elif not slots and not isinstance(found, _CONTAINERS):
             self._refuse(f"{path} is a {type(found).__qualname__}, in which no change would be seen")
@@ -166,17 +188,21 @@ class Frozen:
     def _add_object(self, path: str, found: Any) -> list[tuple[str, Any]]:
         self._objects.append(found)
         inside = list(self._add_classes(type(found)))
-        attributes = self._add_dict(path, vars(found))
+        attributes = _items(path, vars(found))
+        self._add(path, vars(found).values())
         if isinstance(found, Settings):  # but what a module keeps by itself
             attributes = [each for each in attributes if each[1] is not found.kept]
         if not isinstance(found, nn.Module):
             return inside + attributes
         is_root = found is self._root
-        self._refuse(None if is_root else _why_python_runs(path, found))
+        if not is_root:
+            self._hooks += (found._forward_hooks, found._forward_pre_hooks)
+            self._refuse(_why_python_runs(path, found))
         unread = _UNREAD | _AROUND_A_FORWARD if is_root else _UNREAD
         for name, (below, value) in zip(vars(found), attributes, strict=True):
             if name in ("_modules", "_parameters", "_buffers"):
-                inside += self._add_dict(path, value)
+                self._add(path, value.values())
+                inside += _items(path, value)
             elif name not in unread:
                 inside.append((below, value))
         return inside
@@ -187,17 +213,26 @@ class Frozen:
             if each in self._classes or each.__module__ == "builtins":
                 continue
             self._classes.add(each)
-            path, attributes = f"the class {each.__qualname__}", vars(each)
-            for inside, value in self._add_dict(path, attributes):
-                if isinstance(value, (*_CONTAINERS, Tensor)) and not inside.rpartition(".")[2].startswith("__"):
+            path, is_trusted = f"the class {each.__qualname__}", _is_trusted(each)
+            for inside, value in self._add_dict(path, vars(each)):
+                is_dunder = inside.rpartition(".")[2].startswith("__")
+                is_held = isinstance(value, (*_CONTAINERS, Tensor)) or (not is_trusted and _is_held(value))
+                if (is_held and not is_dunder) or (isinstance(value, types.FunctionType) and not is_trusted):
                     yield inside, value
+
+    def _add_function(self, path: str, function: types.FunctionType) -> list[tuple[str, Any]]:
+        if _is_trusted(function):
+            return []
+        closure = self._add(path, _Cells(function.__closure__ or ()))
+        names = [name for name in sorted(_names(function.__code__)) if name in function.__globals__]
+        read = self._add(path, _Globals(function.__globals__, names))
+        return [*closure, *read, *self._add(path, (function.__defaults__, function.__kwdefaults__))]
 
     def _add_dict(self, path: str, found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         self._add(path, found.keys())
         if found:  # as most are not: a module has ten for hooks
             self._add(path, found.values())
-        prefix = f"{path}." if path else ""
-        return [(f"{prefix}{name}", value) for name, value in found.items()]
+        return _items(path, found)
 
     def _add(self, path: str, live: Collection[Any]) -> list[tuple[str, Any]]:
         self._paths.append(path)
@@ -230,6 +265,23 @@ class _Cells:
 
 
 @dataclass(frozen=True)
+class _Globals:
+    """What names of a module stand for now."""
+
+    of: dict[str, Any]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, value: object) -> bool:
+        return any(value is mine for mine in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.of.get, self.names)
+
+
+@dataclass(frozen=True)
 class _Slots:
     """What attributes without a ``__dict__`` hold now."""
 
@@ -246,6 +298,25 @@ class _Slots:
         return (getattr(self.owner, name, None) for name in self.names)
 
 
+def _items(path: str, found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    prefix = f"{path}." if path else ""
+    return [(f"{prefix}{name}", value) for name, value in found.items()]
+
+
+def _is_held(value: Any) -> bool:
+    """Whether an attribute of a class is an object of somebody's, not a descriptor or a class."""
+    return hasattr(value, "__dict__") and not hasattr(value, "__get__") and not callable(value)
+
+
+def _is_trusted(found: type | types.FunctionType) -> bool:
+    return (found.__module__ or "").partition(".")[0] in _TRUSTED
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """What a function and the functions inside of it look up."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+
+
 def _slots(cls: type) -> Iterable[str]:
     names = vars(cls).get("__slots__", ())
     return (names,) if isinstance(names, str) else names
@@ -255,6 +326,8 @@ def _why_python_runs(path: str, module: nn.Module) -> str | None:
     """Why a module has to be called from Python every time, as a sentence, or ``None``."""
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{path} has a forward hook, which a graph would run only once"
+    if GRAPHS in vars(module):
+        return f"{path} has CUDA graphs of its own"
     forward = vars(module).get("forward")
     if forward is not None and not is_method_of(forward, module, type(module)):
         return f"{path} has an instance forward (an offloading or casting hook?), which a graph would run only once"
@@ -269,6 +342,6 @@ def _is_same(now: Any, then: Any) -> bool:
         return True
     if type(now) is not type(then):
         return False
-    if isinstance(now, PLAIN_VALUES):
+    if isinstance(now, _COMPARED):
         return repr(now) == repr(then)  # of 0.0 and -0.0 too
-    return not isinstance(now, (*_OPAQUE, types.FunctionType))
+    return not isinstance(now, (*_OPAQUE, type, types.FunctionType, types.BuiltinFunctionType))

@@ -11,9 +11,10 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastsd.nn.capture import Card, Watch, without_autocast_cache
 from fastsd.nn.frozen import GRAPHS, PLAIN_VALUES, Frozen
 from fastsd.nn.plain import PLAIN, why_stock_everywhere
 
@@ -31,61 +33,6 @@ MOST = 8  # graphs of one model, where nobody says how many
 COMPILED = "it is compiled, and a compiler traces its stock forward"
 EAGER_CALLS = 2  # with inputs of one shape: the first one compiles kernels, and both show what a forward changes
 _SHAPES = 64  # of which calls are counted
-
-# torch's random generators know of one capture at a time
-_one_capture = threading.Lock()
-
-
-class Card:
-    """A CUDA device as far as graphs need one, with the memory that all graphs of a model share.
-
-    That memory is gone with the last of them: the next one needs another card.
-    """
-
-    device_type = "cuda"
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._last = torch.cuda.Event()
-
-    @staticmethod
-    def is_capturing(device: torch.device) -> bool:
-        """Whether somebody else records what the caller does."""
-        with torch.cuda.device(device):
-            return torch.cuda.is_current_stream_capturing()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """A call's turn: the card works on it after what earlier calls gave it, from whichever stream."""
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._last)
-            try:
-                yield
-            finally:
-                self._last.record(stream)
-
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record ``function``: what replays it, and its result, which each replay writes anew."""
-        graph = torch.cuda.CUDAGraph()
-        # other threads may do as they like in the meantime
-        recording = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-        with _one_capture:
-            # cuBLAS' workspaces of the stream are the graph's own: one that is shared is freed under the others
-            torch._C._cuda_clearCublasWorkspaces()
-            try:
-                # torch leaves the capture's stream current where a capture fails
-                with torch.cuda.stream(torch.cuda.current_stream()), recording:
-                    result = function()
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
-        return graph.replay, result
-
-    def finish(self) -> None:
-        """Wait until nothing that was replayed runs any more."""
-        self._last.synchronize()
 
 
 @dataclass(frozen=True)
@@ -105,11 +52,16 @@ class _Graph:
 
 
 class _NotServed(Exception):
-    """A call that no graph can serve; the message says why. One that comes too early has a key."""
+    """A call that no graph can serve; the message says why."""
 
-    def __init__(self, reason: str, key: Any = None) -> None:
+
+class _TooEarly(_NotServed):
+    """One of the first calls of a shape; ``is_last`` of those."""
+
+    def __init__(self, reason: str, key: Any, is_last: bool) -> None:
         super().__init__(reason)
         self.key = key
+        self.is_last = is_last
 
 
 class Graphs:
@@ -121,14 +73,17 @@ class Graphs:
     Attributes:
         refusal: why the last call ran without a graph; ``None`` where it did not.
         given_up: why no later call will get one either.
+        is_called: whether there was a call at all.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.refusal: str | None = None
         self.given_up: str | None = None
+        self.is_called = False
         self._held: dict[Any, _Graph] = {}
-        self._calls: Counter[Any] = Counter()  # without a graph
+        self._calls: Counter[Any] = Counter()  # of a thread and a shape, without a graph
+        self._unfit: dict[Any, str] = {}  # shapes that no graph can serve, and why
         self._frozen: Frozen | None = None
         self._changed: str | None = None  # the last that has
         self._card: Card | None = None
@@ -146,40 +101,53 @@ class Graphs:
         if root._compiled_call_impl is not None:
             return COMPILED
         reason = _why_not(Frozen(root))
+        if reason is None and not self.is_called and has_forward_of_another(root):
+            return "something stands in the place of its forward, and has not called the one that graphs are in"
         if reason is None and self.refusal is not None:
             reason = f"in its last call {self.refusal}"
         return reason
 
     def run(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``root``'s forward gives, by a graph where one can serve the call."""
-        refusal, key = self.given_up or _why_not_now(), None
+        self.is_called = True
+        refusal, early = self.given_up or _why_not_now(), None
         if refusal is None:
             try:
                 with self._lock:
                     output = self._serve(root, args, kwargs)
                     self.refusal = None
                     return output
+            except _TooEarly as reason:
+                refusal, early = str(reason), reason
             except _NotServed as reason:
-                refusal, key = str(reason), reason.key
+                refusal = str(reason)
         self.refusal = refusal
-        output = type(root).forward(root, *args, **kwargs)
-        if key is not None:  # and the forward has raised nothing
-            with self._lock:
-                self._calls[key] += 1
+        if early is None:
+            return type(root).forward(root, *args, **kwargs)
+        # what a capture would fail at is looked for beforehand: a failed one does harm to the process
+        with Watch(Card.device_type) if early.is_last else nullcontext() as watch:
+            output = type(root).forward(root, *args, **kwargs)
+        with self._lock:
+            self._calls[early.key] += 1
+            if watch is not None and watch.found is not None:
+                self._unfit[early.key[1]] = watch.found
         return output
 
     def _serve(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frozen = self._look_at(root)
-        _refuse(_why_not(frozen))
-        (device,) = frozen.devices
+        # the model is looked at last: that takes the longest
+        device = next((tensor.device for tensor in chain(root.parameters(), root.buffers())), None)
+        if device is None or device.type != Card.device_type:
+            raise _NotServed(_why_not_on([device]))
         _refuse("a capture of somebody else's is in progress" if Card.is_capturing(device) else None)
         leaves, spec = tree_flatten(_with_timestep_on(device, root, args, kwargs))
         for leaf in leaves:
             _refuse(_why_no_input(leaf, device))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *frozen.tensors)):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain(inputs, root.parameters())):
             raise _NotServed("gradients were wanted (run it under torch.no_grad() or torch.inference_mode())")
+        _refuse(_why_not(self._look_at(root)))
         key = (repr(spec), *map(_key, leaves), _settings_of_torch(device.type))
+        _refuse(self._unfit.get(key))
         graph = self._held.get(key)
         if graph is None:
             self._wait_for(key)
@@ -194,14 +162,16 @@ class Graphs:
                 graph = self._held[key] = self._record(root, leaves, spec)
             return graph(inputs)
 
-    def _wait_for(self, key: Any) -> None:
-        """Turn away a call that comes too early for a graph."""
+    def _wait_for(self, shape: Any) -> None:
+        """Turn away a call that comes too early for a graph. Torch's libraries get ready for each thread by itself."""
+        key = threading.get_ident(), shape
         if len(self._calls) >= _SHAPES:
             self._calls.clear()
         if self._calls[key] < EAGER_CALLS:
             since = "" if self._changed is None else f" since {self._changed} has changed"
             number = f"call {self._calls[key] + 1} with inputs of its shapes{since}"
-            raise _NotServed(f"it was {number}, and call {EAGER_CALLS + 1} is recorded", key)
+            reason = f"it was {number}, and call {EAGER_CALLS + 1} is recorded"
+            raise _TooEarly(reason, key, self._calls[key] == EAGER_CALLS - 1)
 
     def _look_at(self, root: nn.Module) -> Frozen:
         """The model as it is, without the graphs of one that it is no longer."""
@@ -228,12 +198,12 @@ class Graphs:
         versions = frozen.versions(), [buffer._version for buffer in inputs]
         outside = sys.exc_info()[1]  # of whose handler this is a part
         try:
-            with _without_autocast_cache():
+            with without_autocast_cache():
                 replay, output = card.capture(call)
         except Exception as error:
-            causes = [cause for cause in (error.__context__, error) if cause not in (None, outside)]
-            lines = "; then ".join(str(cause).partition("\n")[0] for cause in causes)
-            raise self._give_up(f"a capture failed ({lines})") from error
+            raise self._give_up(f"a capture failed ({_first_lines(error, outside)})") from error
+        finally:
+            del outside  # whose traceback knows this frame
         change = frozen.change()
         if change is not None:
             raise self._give_up(f"its forward changes the model, which a graph would not: {change}")
@@ -252,7 +222,17 @@ class Graphs:
                 self._card.finish()
             self._held.clear()
             self._calls.clear()
+            self._unfit.clear()
             self._card = self._frozen = None
+
+    def make_way(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Free every graph if ``move`` takes tensors to another device."""
+        with self._lock:
+            if self._card is not None:
+                probe = torch.empty(0, device=self._card.device)
+                if move(probe).device != probe.device:
+                    self._changed = "its device"
+                    self.drop()
 
     def _give_up(self, reason: str) -> _NotServed:
         self.drop()
@@ -288,6 +268,12 @@ def give_graphs(root: nn.Module, graphs: Graphs | None) -> None:
         for name in [name for name, value in attributes.items() if _is_a_trace(name, value)]:
             del attributes[name]
         return
+    if earlier is None and has_forward_of_another(root):
+        warnings.warn(
+            "fastsd gives a model its CUDA graphs not back: something stands in the place of its forward by now",
+            stacklevel=2,
+        )
+        return
     if earlier is None:
         functions = {"forward": _graphed(type(root).forward), **_METHODS}
         attributes.update({name: MethodType(function, root) for name, function in functions.items()})
@@ -321,12 +307,12 @@ def _replicate(self: nn.Module) -> nn.Module:
     return replica
 
 
-def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """``.to()`` and its like move what graphs read: their memory is free before more is asked for."""
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+    """``.to()`` and its like. Graphs of what leaves their card are freed before; other changes are seen at a call."""
     graphs = graphs_of(self)
     if graphs is not None:
-        graphs.drop()
-    return type(self)._apply(self, *args, **kwargs)
+        graphs.make_way(fn)
+    return type(self)._apply(self, fn, *args, **kwargs)
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -356,12 +342,22 @@ def _refuse(reason: str | None) -> None:
 
 def _why_not(frozen: Frozen) -> str | None:
     """Why no call of such a model can be served, as a sentence, or ``None``."""
-    where = " and ".join(map(str, frozen.devices)) or "no device"
     if {device.type for device in frozen.devices} != {Card.device_type}:
-        return f"the model is on {where}, and there are CUDA graphs only on a CUDA device"
+        return _why_not_on(frozen.devices)
     if len(frozen.devices) > 1:
-        return f"the model is on {where}, and a graph is of one device"
+        return f"the model is on {' and '.join(map(str, frozen.devices))}, and a graph is of one device"
     return frozen.refusal
+
+
+def _why_not_on(devices: Iterable[torch.device | None]) -> str:
+    where = " and ".join(str(device) for device in devices if device is not None) or "no device"
+    return f"the model is on {where}, and there are CUDA graphs only on a CUDA device"
+
+
+def _first_lines(error: BaseException, outside: BaseException | None) -> str:
+    """Of an error and what it came from, but for what was being handled before."""
+    causes = [cause for cause in (error.__context__, error) if cause not in (None, outside)]
+    return "; then ".join(str(cause).partition("\n")[0] for cause in causes)
 
 
 def _why_not_now() -> str | None:
@@ -409,20 +405,10 @@ def _settings_of_torch(device_type: str) -> tuple[Any, ...]:
         cuda.preferred_blas_library(),
         (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        cuda.fp16_bf16_reduction_math_sdp_allowed(),
         tuple(torch._C._get_sdp_priority_order()),
         os.environ.get("FASTSD_BACKEND"),
     )
-
-
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Weights that autocast casts once and keeps would be gone when a graph reads them."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
 
 
 def _with_timestep_on(

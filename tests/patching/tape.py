@@ -35,6 +35,7 @@ class Tape:
     error: ClassVar = None
 
     def __init__(self, device):
+        self.device = device
         self.events = []
         self.made.append(self)
 

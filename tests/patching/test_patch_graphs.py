@@ -1,6 +1,9 @@
 """CUDA graphs of patched models: what is recorded, replayed, refused. Row 15 of the compatibility matrix."""
 
 import copy
+import gc
+import threading
+import weakref
 from contextlib import contextmanager
 
 import diffusers
@@ -8,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
+from torch import Tensor, nn
 
 import fastsd
 from fastsd.models import example_inputs, flat_output
@@ -101,6 +104,79 @@ class TestFirstCalls:
         assert events(tape) == ["capture", "replay"] * 2
 
     @torch.no_grad()
+    def test_each_thread_has_its_own(self, tape):
+        """What torch's libraries get ready at the first calls, they have for each thread."""
+        model = graphed()
+        calls = [*[call] * 2, lambda model: in_a_thread(lambda: torch.no_grad()(call)(model))]
+        for each in calls:
+            each(model)
+        assert events(tape) == []
+        call(model)
+        in_a_thread(lambda: torch.no_grad()(call)(model))
+        assert events(tape) == ["capture", "replay", "replay"]
+
+    @torch.no_grad()
+    def test_weights_that_autocast_has_cast(self, tape):
+        """They are not read in their place, though the first calls have left them for the third."""
+        model, eager = graphed(), fastsd.patch(build())
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                call(model)
+        assert events(tape) == ["capture", "replay"]
+        for each in (model, eager):
+            each.conv_in.weight.mul_(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(model), call(eager))
+
+    @pytest.mark.parametrize(
+        ("forward", "reason"),
+        [
+            (lambda self, x, timestep: x * x.sum().item(), "_local_scalar_dense"),
+            (lambda self, x, timestep: x[x > 0], "dynamic"),
+            (lambda self, x, timestep: x + torch.ones(2, device="cpu").to(x.device), "copies between cpu and"),
+            (lambda self, x, timestep: x[torch.tensor([1, 0], device="cpu")], "copies between cpu and"),
+        ],
+        ids=["item", "mask", "copy", "index"],
+    )
+    @torch.no_grad()
+    def test_what_no_graph_can_hold(self, tape, forward, reason, monkeypatch):
+        """Is found before a capture fails at it."""
+        is_copy = "copies" in reason
+        if is_copy:
+            self.use_meta(tape, monkeypatch)
+        model = type("Net", (nn.Module,), {"forward": forward})()
+        model.block = build().mid_block.resnets[0]
+        fastsd.patch(model, cuda_graphs=True)
+        model.to("meta" if is_copy else "cpu")
+        for _ in range(4):
+            model(torch.ones(2, device="meta" if is_copy else "cpu"), 1)
+        assert events(tape) == []
+        assert ("waits for numbers of the card" if reason == "dynamic" else reason) in state(model).reason
+
+    @staticmethod
+    def use_meta(tape, monkeypatch):
+        """A card without numbers, and of no autocast."""
+        monkeypatch.setattr(tape, "device_type", "meta")
+        monkeypatch.setattr(graphs_module, "_settings_of_torch", lambda device_type: ())
+
+    @torch.no_grad()
+    def test_boxes_of_gligen(self, tape, monkeypatch):
+        """For which diffusers makes numbers on the CPU, in every call."""
+        self.use_meta(tape, monkeypatch)
+        model = graphed("gligen").to("meta")
+        boxes = {
+            "boxes": torch.rand(2, 3, 4, device="meta"),
+            "positive_embeddings": torch.rand(2, 3, 8, device="meta"),
+            "masks": torch.ones(2, 3, device="meta"),
+        }
+        inputs = example_inputs(model, 2, 16, tokens=7) | {"cross_attention_kwargs": {"gligen": boxes}}
+        inputs = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        for _ in range(3):
+            model(**inputs)
+        assert events(tape) == []
+        assert "its forward copies between cpu and meta (aten::_to_copy)" in state(model).reason
+
+    @torch.no_grad()
     def test_calls_that_fail_do_not_count(self, tape):
         model = graphed()
         for _ in range(4):
@@ -135,6 +211,12 @@ def test_outputs_are_the_callers_to_keep(tape):
     assert not torch.equal(second.sample, kept)
     first.sample.zero_()
     assert torch.equal(model(**inputs).sample, kept)
+
+
+def in_a_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
 
 
 class TestKeys:
@@ -241,6 +323,28 @@ class TestKeys:
         monkeypatch.delenv("FASTSD_BACKEND")
         call(model)
         assert events(tape) == ["capture", "replay"] * 4 + ["replay"]
+
+    @pytest.mark.parametrize(
+        ("switch", "on", "off"),
+        [
+            (torch.set_default_dtype, torch.float64, torch.float32),
+            (torch.set_default_device, "cpu:0", None),
+            (torch.use_deterministic_algorithms, True, False),
+            (torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, True, False),
+        ],
+        ids=["dtype", "device", "deterministic", "reduction"],
+    )
+    @torch.no_grad()
+    def test_switches_of_torch(self, tape, switch, on, off):
+        model = graphed()
+        inputs = example_inputs(model, 2, 16, tokens=7)
+        model(**inputs)
+        switch(on)
+        try:
+            model(**inputs)
+        finally:
+            switch(off)
+        assert state(model).held == 2
 
     @torch.no_grad()
     def test_one_too_many(self, tape):
@@ -361,6 +465,43 @@ class TestRefusals:
         with torch.device("cpu"):
             call(model)
         assert events(tape) == ["capture", "replay"]
+
+    @torch.no_grad()
+    def test_change_while_somebody_captures(self, tape):
+        """Nothing is freed then, which would wait for the card."""
+        model = graphed()
+        call(model)
+        model.mid_block.resnets[0].output_scale_factor = 2.0
+        with _busy(tape):
+            call(model)
+        assert events(tape, "finish") == []
+        call(model)
+        assert events(tape, "finish") == ["finish"]
+
+    @torch.no_grad()
+    def test_failed_capture_leaves_nothing_behind(self, tape, monkeypatch):
+        class Failure(RuntimeError):
+            pass
+
+        failures = []
+
+        def capture(card, function):
+            error = Failure("no")
+            failures.append(weakref.ref(error))
+            try:
+                raise error
+            finally:
+                del error
+
+        monkeypatch.setattr(tape, "capture", capture)
+        model = graphed()
+        gc.disable()
+        try:
+            with pytest.warns(UserWarning, match="a capture failed"):
+                call(model)
+            assert failures[0]() is None
+        finally:
+            gc.enable()
 
     @torch.no_grad()
     def test_transforms(self, tape):

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from functools import partial
+from types import BuiltinMethodType, SimpleNamespace
 from typing import ClassVar
 
 import numpy
@@ -174,11 +175,40 @@ class TestChanges:
     def test_memory_is_free_before_a_model_moves(self, tape):
         model = graphed()
         call(model)
-        model.to(torch.float64)
-        assert state(model).held == 0
+        held = []
+
+        def move(tensor):
+            held.append(state(model).held)
+            return tensor.to("meta")
+
+        model._apply(move)
+        assert held == [1, *[0] * (len(held) - 1)]  # the first is a try
         assert events(tape, "finish") == ["finish"]
         fastsd.unpatch(model)
         assert "_apply" not in vars(model)
+
+    @torch.no_grad()
+    def test_move_to_where_it_is(self, tape):
+        model = graphed()
+        for _ in range(3):
+            call(model)
+            model.to("cpu")
+        assert events(tape) == ["capture", "replay", "replay", "replay"]
+
+    @torch.no_grad()
+    def test_numbers_that_each_call_sets_anew(self, tape, monkeypatch):
+        """Equal ones are no change, and do not take another look at the whole model; as scales of a LoRA are set."""
+        model, eager = graphed(), fastsd.patch(build())
+        for each in (model, eager):
+            _lora(each)
+        looks = []
+        look = graphs_module.Frozen.__init__
+        monkeypatch.setattr(graphs_module.Frozen, "__init__", lambda *args: looks.append(1) or look(*args))
+        for _ in range(3):
+            scale = {"cross_attention_kwargs": {"scale": float("0.7")}}
+            assert torch.equal(call(model, **scale), call(eager, **scale))
+        assert events(tape) == ["capture", "replay", "replay", "replay"]
+        assert len(looks) == 1
 
 
 class _Slotted:
@@ -195,6 +225,7 @@ class _Scaled(AttnProcessor):
     """Multiplies by what it is given in one of many ways."""
 
     factors: ClassVar = [1.0]
+    held = SimpleNamespace(scale=1.0)
 
     def __init__(self, factor):
         self.factor = factor
@@ -203,7 +234,11 @@ class _Scaled(AttnProcessor):
         return 1.0
 
     def __call__(self, *args, **kwargs):
-        y = super().__call__(*args, **kwargs) * self.helper() * self.factors[0]
+        y = super().__call__(*args, **kwargs) * self.helper() * self.factors[0] * self.held.scale
+        if isinstance(self.factor, type):
+            return y * self.factor.scale
+        if isinstance(self.factor, BuiltinMethodType):
+            return y * self.factor(0)
         return self.factor(y) if callable(self.factor) else y * self.factor
 
 
@@ -225,6 +260,27 @@ def _times(factors, x):
     return x * factors[0]
 
 
+_FACTORS = {"global": 1.0}
+
+
+def _times_global(x):
+    return next(x * _FACTORS["global"] for _ in range(1))
+
+
+def _default():
+    def scale(x, factors=[1.0]):  # noqa: B006, to be changed
+        return x * factors[0]
+
+    return scale
+
+
+def _scale_of_a_class():
+    class Held:
+        scale = 1.0
+
+    return Held
+
+
 # what makes a processor's attribute, and what changes it where it lies
 HIDDEN = {
     "closure": (_closure, lambda processor: processor.factor.double()),
@@ -233,6 +289,11 @@ HIDDEN = {
     "partial": (lambda: partial(_times, [1.0]), lambda processor: processor.factor.args[0].insert(0, 2.0)),
     "class_attribute": (lambda: 1.0, lambda processor: processor.factors.insert(0, 2.0)),
     "attributes": (lambda: 1.0, lambda processor: setattr(processor, "__dict__", {"factor": 2.0})),
+    "defaults": (_default, lambda processor: processor.factor.__defaults__[0].insert(0, 2.0)),
+    "global": (lambda: _times_global, lambda processor: _FACTORS.update({"global": 2.0})),
+    "attribute_of_a_class": (_scale_of_a_class, lambda processor: setattr(processor.factor, "scale", 2.0)),
+    "builtin_method": (lambda: [1.0].__getitem__, lambda processor: processor.factor.__self__.insert(0, 2.0)),
+    "object_of_the_class": (lambda: 1.0, lambda processor: setattr(processor.held, "scale", 2.0)),
     "class": (lambda: 1.0, lambda processor: setattr(processor, "__class__", _Doubling)),
 }
 
@@ -248,6 +309,8 @@ class TestHidden:
     @pytest.fixture(autouse=True)
     def class_stays(self, monkeypatch):
         monkeypatch.setattr(_Scaled, "factors", [1.0])
+        monkeypatch.setattr(_Scaled, "held", SimpleNamespace(scale=1.0))
+        monkeypatch.setitem(_FACTORS, "global", 1.0)
 
     @staticmethod
     def processed(model, factor):
@@ -261,7 +324,7 @@ class TestHidden:
         model, eager = graphed(), fastsd.patch(build())
         processors = [self.processed(each, make()) for each in (model, eager)]
         assert torch.equal(call(model), call(eager))
-        if way == "class_attribute":
+        if way in ("class_attribute", "global", "object_of_the_class"):
             change(processors[0])
         else:
             for processor in processors:
@@ -297,7 +360,10 @@ class TestHidden:
     @torch.no_grad()
     def test_what_no_look_can_see(self, tape):
         model = graphed()
-        self.processed(model, 1.0).array = numpy.ones(2)
+        processor = self.processed(model, 1.0)
+        processor.number = numpy.float32(1)
+        assert "on cpu" not in (state(model).reason or "")
+        processor.array = numpy.ones(2)
         call(model)
         assert state(model).reason.endswith("attn1.processor.array is a ndarray, in which no change would be seen")
         assert events(tape) == []

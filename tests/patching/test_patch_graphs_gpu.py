@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import fastsd
 from fastsd.models import example_inputs, flat_output
-from fastsd.nn.graphs import EAGER_CALLS, Card
+from fastsd.nn.capture import Card
+from fastsd.nn.graphs import EAGER_CALLS
 from tests.patching.models import assert_as_stock, build
 from tests.patching.tape import graphed, state
 

@@ -106,6 +106,39 @@ class TestTrace:
         assert events(tape) == ["capture", "replay"]
 
     @torch.no_grad()
+    def test_hook_while_graphs_were_away(self, tape):
+        """It stays; graphs do not come back over it."""
+        model = graphed()
+        inputs = example_inputs(model, 2, 16, tokens=7) | {"return_dict": False}
+        (plain,) = model(**inputs)
+        with pytest.warns(UserWarning, match="its CUDA graphs not back"), fastsd.patched(model, cuda_graphs=False):
+            add_hook_to_module(model, _Doubled())
+        assert torch.equal(model(**inputs)[0], 2 * plain)
+        assert state(model) is None
+
+    @torch.no_grad()
+    def test_forward_that_passes_graphs_by(self, tape):
+        model = graphed()
+        model.forward = type(model).forward.__get__(model).__call__
+        call(model)
+        assert "something stands in the place of its forward" in state(model).reason
+
+    @torch.no_grad()
+    def test_model_inside_of_another(self, tape):
+        class Both(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, sample, timestep, **kwargs):
+                return self.net(sample, timestep, **kwargs)
+
+        both = fastsd.patch(Both(graphed()), cuda_graphs=True)
+        both(**example_inputs(both.net, 2, 16, tokens=7))
+        assert state(both).reason == "net has CUDA graphs of its own"
+        assert events(tape) == ["capture", "replay"]
+
+    @torch.no_grad()
     def test_hooks_of_torch_on_the_model(self, tape):
         model = graphed()
         calls = []
