@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 import fastsd
 from fastsd import models
 from fastsd.gri import highest_level
+from fastsd.nn.graphs import EAGER_CALLS
 
 Call = Callable[[], Any]
 
@@ -40,6 +41,13 @@ def _captured(call: Call) -> Call:
         return output
 
     return replay
+
+
+def _recorded(call: Call) -> Call:
+    """With the calls behind it after which ``patch(…, cuda_graphs=…)`` replays."""
+    for _ in range(EAGER_CALLS + 1):
+        call()
+    return call
 
 
 def _openvino(model: models.Model, inputs: dict[str, Any]) -> Call:
@@ -74,13 +82,15 @@ def _openvino(model: models.Model, inputs: dict[str, Any]) -> Call:
 class Provider:
     """How the model is laid out, whether fastsd patches it, and what goes around the call.
 
-    ``gri``: at the highest level that has transformers, whatever it says itself. ``convert``: another runtime's call,
+    ``gri``: at the highest level that has transformers, whatever it says itself. ``graphs``: by the option of
+    :func:`fastsd.patch`, which compares the model at each call. ``convert``: another runtime's call,
     of the model with these inputs; ``needs``: the package that it is from.
     """
 
     channels_last: bool = False
     patched: bool = False
     gri: fastsd.GRI | None = None
+    graphs: bool | None = None
     around: Callable[[Call], Call] = lambda call: call
     cuda_only: bool = False
     convert: Callable[[models.Model, dict[str, Any]], Call] | None = None
@@ -99,6 +109,7 @@ PROVIDERS: dict[str, Provider] = {
     "fastsd-channels_last": Provider(patched=True, channels_last=True),
     "fastsd-compile": Provider(patched=True, around=_compiled),
     "fastsd-cudagraph": Provider(patched=True, around=_captured, cuda_only=True),
+    "fastsd-graphs": Provider(patched=True, graphs=True, around=_recorded, cuda_only=True),
     "fastsd-channels_last-cudagraph": Provider(patched=True, channels_last=True, around=_captured, cuda_only=True),
 }
 
@@ -146,7 +157,8 @@ def _dressed(provider: Provider, own: models.Model, inputs: dict[str, Any]) -> C
     if provider.channels_last:
         inputs = {key: _channels_last(value) for key, value in inputs.items()}
     if provider.patched:
-        fastsd.patch(own, gri=provider.gri and replace(provider.gri, levels=highest_level(own)))
+        gri = provider.gri and replace(provider.gri, levels=highest_level(own))
+        fastsd.patch(own, gri=gri, cuda_graphs=provider.graphs)
     if provider.convert is not None:
         return provider.convert(own, inputs)
     call = models.entry_point(own)
