@@ -2,11 +2,14 @@
 
 typedef uint64_t Words __attribute__((vector_size(4 * FASTSD_LANES)));
 
-// One more word. One to one in either: after a change of a single word no later one makes the digest what it was.
+// One more word. One to one in either: after a change of a single word no later one makes the digest what it was. With
+// a single product a change of the highest bits would be known beforehand, and undone by the right change of the next.
 template <typename T>
 static inline __attribute__((always_inline)) T mix(T digest, T word) {
-  digest = (digest ^ word) * 0xbf58476d1ce4e5b9;
-  return digest ^ (digest >> 29);
+  digest ^= word;
+  digest = (digest ^ (digest >> 32)) * 0xbf58476d1ce4e5b9;
+  digest = (digest ^ (digest >> 29)) * 0x94d049bb133111eb;
+  return digest ^ (digest >> 32);
 }
 
 // Of n bytes; with every instruction set the same.

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import normalise, wants_gradient
-from fastsd.nn.linear import example_projection, is_fused, project
+from fastsd.nn.linear import first_projection, is_fused, project
 from fastsd.nn.plain import is_idle, is_overwritten, remember, why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings, settings_of
 from fastsd.nn.text import keys_and_values
@@ -178,4 +178,4 @@ def example_calls(attn: stock.Attention) -> dict[str, tuple[Any, ...]]:
         if not _is_served(attn, like.new_empty((1, 8, attn.query_dim))):
             return {}
     q = like.new_empty((1, attn.heads, 64, attn.inner_dim // attn.heads))
-    return {"attention": (q, q, q, None, None)} | example_projection(attn, "to_q")
+    return {"attention": (q, q, q, None, None)} | first_projection(attn, "to_q", "to_k", "to_v")

@@ -85,6 +85,11 @@ def _is_served(
     )
 
 
+def first_projection(holder: nn.Module, *names: str) -> dict[str, tuple[Any, ...]]:
+    """:func:`example_projection` of the first of some layers that runs by the op."""
+    return next(filter(None, (example_projection(holder, name) for name in names)), {})
+
+
 def example_projection(holder: nn.Module, name: str, activation: str = "none") -> dict[str, tuple[Any, ...]]:
     """For :func:`fastsd.patching.rule.Rule.op_calls`: the call that :func:`project` makes, if it makes one."""
     layer = getattr(holder, name)

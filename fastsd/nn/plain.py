@@ -48,6 +48,8 @@ def why_not_plain(owner: nn.Module, name: str, expected: type[nn.Module]) -> str
             return f"{name}.{key} is a {type(parameter).__qualname__}, expected a plain Parameter"
         if parameter.layout is not torch.strided:
             return f"{name}.{key} is {parameter.layout}, expected a dense tensor"
+        if not torch.compiler.is_compiling() and parameter.untyped_storage().nbytes() == 0 < parameter.numel():
+            return f"the memory of {name}.{key} has been freed"
     return None
 
 

@@ -22,6 +22,9 @@ from fastsd_kernels.linear import cpu_speed
 # a step may read two texts one after the other: what is wanted, and what is not
 MOST_TEXTS = 2
 
+# keys and values of a text, relative to the weights that they are made with, or in bytes: a batch of frames makes more
+LARGEST, LARGEST_BYTES = 1 / 2, 2**20
+
 _NAMES = ("to_k", "to_v")
 
 
@@ -43,7 +46,7 @@ def keys_and_values(owner: nn.Module, attn: Any, text: Tensor) -> tuple[Tensor, 
         owner: the replaced module whose settings apply, and which keeps them.
     """
     settings = settings_of(owner)
-    seen = digest(text) if _is_repeatable(attn) else None
+    seen = digest(text) if _is_repeatable(attn) and _is_small(attn, text) else None
     if settings is None or seen is None:
         return _project(owner, attn, text)
     texts: tuple[_Kept, ...] = settings.kept.get("texts", ())
@@ -83,6 +86,13 @@ def _up_to_date(kept: _Kept, owner: nn.Module, attn: Any, text: Tensor) -> _Kept
     # another thread may have edited something meanwhile
     is_same = (digest(text), _digests(attn)) == (kept.text, weights)
     return _Kept(kept.text, weights, made) if is_same else _Kept(kept.text)
+
+
+def _is_small(attn: Any, text: Tensor) -> bool:
+    """Whether keys and values take no more memory than they may."""
+    layers = [getattr(attn, name) for name in _NAMES]
+    made = text.shape[0] * text.shape[1] * sum(layer.out_features for layer in layers) * text.element_size()
+    return made <= max(LARGEST * sum(layer.weight.nbytes for layer in layers), LARGEST_BYTES)
 
 
 def _digests(attn: Any) -> tuple[Any, ...] | None:

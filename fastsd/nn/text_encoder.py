@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.clip import modeling_clip as stock
 
-from fastsd.nn.linear import example_projection, fused, is_fused, project
+from fastsd.nn.linear import example_projection, first_projection, fused, is_fused, project
 from fastsd.nn.plain import remember, why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {QuickGELUActivation: "quick_gelu", GELUActivation: "gelu"}
 for _cls in _ACTIVATIONS:
     remember(_cls)
-remember(stock.CLIPMLP)
 
 
 def takes_what_is_known(cls: type[nn.Module]) -> bool:
@@ -127,9 +126,12 @@ def _known_activation(mlp: stock.CLIPMLP) -> str | None:
 
 def example_layer(layer: stock.CLIPEncoderLayer) -> dict[str, tuple[Any, ...]]:
     """The op that the module calls in inference, with arguments of its dtype and device."""
-    return example_projection(layer.mlp, "fc1", _known_activation(layer.mlp) or "none")
+    if why_not_plain(layer, "mlp", stock.CLIPMLP) is not None:
+        return {}
+    first = example_projection(layer.mlp, "fc1", _known_activation(layer.mlp) or "none")
+    return first or example_projection(layer.mlp, "fc2")
 
 
 def example_attention(attn: stock.CLIPAttention) -> dict[str, tuple[Any, ...]]:
     """The op that the module calls in inference, with arguments of its dtype and device."""
-    return example_projection(attn, "q_proj")
+    return first_projection(attn, "q_proj", "k_proj", "v_proj", "out_proj")

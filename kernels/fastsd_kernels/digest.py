@@ -15,11 +15,12 @@ from fastsd_kernels import cpu_runtime
 def digest(x: Tensor) -> tuple[Any, ...] | None:
     """Shape, dtype and a 64-bit hash of the bits of ``x``, which is only read.
 
-    Those of two tensors that differ in one element are never the same; of others they are, by chance, once in 2^64.
+    Those of two tensors that differ in one element are never the same; of others they are, by chance, about once in
+    2^64. Who sets out to make two that are the same may succeed: it is no signature.
 
     Returns:
         ``None`` for what has no plain numbers side by side in this machine's memory (subclasses of tensors, other
-        devices, sparse or quantised, with gaps), or where the CPU extension is not there.
+        devices, sparse or quantised, with gaps, of freed memory), or where the CPU extension is not there.
     """
     is_plain = (
         type(x) in (Tensor, nn.Parameter)
@@ -27,6 +28,7 @@ def digest(x: Tensor) -> tuple[Any, ...] | None:
         and x.layout is torch.strided
         and x.is_floating_point()
         and x.is_contiguous()
+        and x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.element_size()
     )
     if not is_plain or cpu_runtime.unavailable() is not None:
         return None

@@ -71,6 +71,20 @@ def test_sums_that_cancel():
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize("bit", range(0, 64, 3))
+def test_a_change_is_not_undone_by_one_known_beforehand(bit):
+    """Of a word, and of what would undo it in the next word of the lane if products carried it one way alone."""
+    highest = bit == 63
+    x = torch.randint(-(2**63), 2**63 - 1, (1000, 256), generator=torch.Generator().manual_seed(bit))
+    for row in x:
+        before = digest(row.view(torch.float32))
+        row[1] ^= -(2**63) if highest else 2**bit
+        for undone in (2**34, -(2**63), -(2**63) ^ 2**34, -(2**63) ^ 2**31, 2**bit if not highest else 1):
+            row[33] ^= undone
+            assert digest(row.view(torch.float32)) != before
+            row[33] ^= undone
+
+
 def test_shape_and_dtype_belong_to_it():
     x = torch.zeros(2, 12)
     tensors = (
@@ -108,6 +122,11 @@ class _Tensor(torch.Tensor):
     pass
 
 
+def _freed(x):
+    x.untyped_storage().resize_(0)
+    return x
+
+
 @pytest.mark.parametrize(
     "x",
     [
@@ -119,8 +138,9 @@ class _Tensor(torch.Tensor):
         torch.eye(3).to_mkldnn(),
         torch.zeros(3, dtype=torch.int32),
         torch.zeros(3).as_subclass(_Tensor),
+        _freed(torch.zeros(3)),
     ],
-    ids=["transposed", "gaps", "expanded", "meta", "sparse", "mkldnn", "integers", "subclass"],
+    ids=["transposed", "gaps", "expanded", "meta", "sparse", "mkldnn", "integers", "subclass", "freed"],
 )
 def test_what_is_not_plain_has_none(x):
     assert digest(x) is None

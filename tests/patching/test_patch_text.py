@@ -255,6 +255,23 @@ def test_a_text_with_gaps_is_not_kept(products):
 
 
 @torch.no_grad()
+def test_what_would_take_much_memory_is_not_kept(products):
+    model, text = fastsd.patch(layer()), torch.randn(2, 2800, 10)
+    for count in (COMPUTED, COMPUTED, COMPUTED):
+        assert products(lambda: model[0](X, text))[1] == count
+    assert products(lambda: [model[0](X, text[:, :2000].contiguous()) for _ in range(3)])[1] == 2 * COMPUTED
+
+
+@torch.no_grad()
+def test_memory_that_has_been_freed():
+    model = fastsd.patch(layer())
+    warm(model, TEXT)
+    model[0].to_k.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage"):
+        model[0](X, TEXT)
+
+
+@torch.no_grad()
 def test_a_norm_of_the_text(products):
     """It is computed at each call; what counts is what it gives."""
     model = fastsd.patch(layer(cross_attention_norm="layer_norm"))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,7 +93,7 @@ def layers(model):
     ],
 )
 @torch.no_grad()
-def test_as_stock(changes, given, cls, is_faster, monkeypatch):
+def test_row_13_as_stock(changes, given, cls, is_faster, monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
     model = encoder(cls, **changes)
     stock = call(model, **given)
@@ -169,6 +170,47 @@ def test_lora(target):
     assert calls_of("linear", lambda: call(model)) == PROJECTIONS - SIZES["num_hidden_layers"]
     with model.disable_adapter():
         assert_as_stock(call(model), call(encoder()))
+
+
+@torch.no_grad()
+def test_norm_before_what_is_called_in_part():
+    """Once, and not for each of the projections that would have it in their products."""
+    model = get_peft_model(fastsd.patch(encoder()), LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    with _Others() as others:
+        call(model)
+    assert others.names.count("aten::native_layer_norm") == SIZES["num_hidden_layers"] + 1
+
+
+@torch.no_grad()
+def test_another_function_in_an_activation():
+    model = encoder(hidden_act="gelu")
+    for layer in layers(model):
+        layer.mlp.activation_fn.act = lambda z: F.gelu(z, approximate="tanh") + 1
+    stock = call(model)
+    assert_as_stock(call(fastsd.patch(model)), stock)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_another_mlp(when):
+    """Of which nothing is known: it is called, and what else there is is patched and reported."""
+
+    def put_in(model):
+        layers(model)[1].mlp = nn.Sequential(nn.Linear(24, 24), nn.GELU()).requires_grad_(False)
+        return randomised(model)
+
+    stock = call(put_in(encoder()))
+    model = fastsd.patch(put_in(encoder())) if when == "before" else put_in(fastsd.patch(encoder()))
+    assert_as_stock(call(model), stock)
+    assert "replaced by clip_layer" in str(fastsd.report(model))
+
+
+@pytest.mark.parametrize(("target", "op_entries"), [("fc1", "layer"), ("q_proj", "attention")])
+@torch.no_grad()
+def test_report_of_what_runs_in_part(target, op_entries):
+    model = get_peft_model(fastsd.patch(encoder()), LoraConfig(r=2, target_modules=[target])).eval()
+    entries = [entry for entry in fastsd.report(model).entries if entry.rule == f"clip_{op_entries}"]
+    assert [entry.backends for entry in entries] == [{"linear": "cpu"}] * SIZES["num_hidden_layers"]
 
 
 CLASSES = (
