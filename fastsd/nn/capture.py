@@ -74,6 +74,13 @@ class Watch(TorchDispatchMode):
         found: the first of them, as a sentence.
     """
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """So that what is compiled inside stays so."""
+        return True
+
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.found: str | None = None
@@ -83,23 +90,26 @@ class Watch(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if self.found is None:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            self.found = self._why_not_recorded(function, tensors)
+            self.found = self._why_not_recorded(function, args, tensors)
         return result
 
-    def _why_not_recorded(self, function: Any, tensors: list[Tensor]) -> str | None:
+    def _why_not_recorded(self, function: Any, args: Any, tensors: list[Tensor]) -> str | None:
         on_card = [tensor for tensor in tensors if tensor.device.type == self._device_type]
         elsewhere = [tensor for tensor in tensors if tensor.device.type != self._device_type]
         if not on_card:
             return None
         name = function.name()
-        # a number that lies on the CPU may go with a kernel
+        # a number that lies on the CPU may go with a kernel; of torch.tensor() on the card the last step alone is seen
         is_copy = name in ("aten::_to_copy", "aten::copy_")
-        if elsewhere and (is_copy or any(tensor.dim() > 0 for tensor in elsewhere)):
-            return f"its forward copies between {elsewhere[0].device} and {on_card[0].device} ({name})"
+        if name == "aten::lift_fresh" or (elsewhere and (is_copy or any(tensor.dim() > 0 for tensor in elsewhere))):
+            other = elsewhere[0].device if elsewhere else "cpu"
+            return f"its forward copies between {other} and {on_card[0].device} ({name})"
         if name in _INDEXING:  # tagged for the masks that may stand in the place of indices
-            is_read = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+            indices = [index for index in args[1] if index is not None]
+            is_read = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         else:
-            is_read = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(function.tags)
+            tags = getattr(function, "tags", ())  # higher-order ones have none
+            is_read = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(tags)
         return f"its forward waits for numbers of the card ({name}), which a graph cannot" if is_read else None
 
 

@@ -1,18 +1,22 @@
 """What a recorded forward takes for granted of its model, and whether that is still so.
 
 A CUDA graph holds kernels and addresses. It sees what is written into a weight, but neither that a weight has moved
-nor that Python would decide otherwise by now: for another LoRA, scale of an adapter or attention processor.
+nor that Python would decide otherwise by now: for another LoRA, scale of an adapter or attention processor. What a
+function of somebody's reads, nobody can tell; so models are served whose code is all of well-known packages.
 """
 
 import enum
 import functools
 import logging
 import numbers
+import random
 import re
+import sys
+import threading
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from pathlib import PurePath
@@ -31,10 +35,11 @@ _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 # what nobody changes, or what changes nothing of a forward
 _OPAQUE = (
     *(*PLAIN_VALUES, numbers.Number, enum.Enum, re.Pattern, PurePath, range, slice, torch.layout, types.ModuleType),
-    *(logging.Logger, logging.LoggerAdapter),
+    *(types.EllipsisType, types.GenericAlias, types.UnionType, logging.Logger, logging.LoggerAdapter),
+    *(weakref.ref, type(threading.Lock()), type(threading.RLock())),
 )
-# whose functions nobody looks into: they read nothing that changes from outside of the model
-_TRUSTED = {"accelerate", "diffusers", "fastsd", "fastsd_kernels", "peft", "torch", "transformers"}
+# whose functions read nothing that changes from outside of the model
+_KNOWN = {"accelerate", "diffusers", "fastsd", "fastsd_kernels", "huggingface_hub", "peft", "torch", "transformers"}
 # what only saving, loading, gradients and graphs read, and hooks, of which there may be none
 _UNREAD = {
     GRAPHS,
@@ -57,9 +62,6 @@ _AROUND_A_FORWARD = {"_diffusers_hook", "_hf_hook", "_old_forward", "forward"}
 
 class Frozen:
     """A model as it is now: its modules and all that they hold, their classes, and where their tensors lie.
-
-    Of functions that are not of one of the well-known packages it sees the globals that they name, but not what these
-    modules and packages hold.
 
     Attributes:
         refusal: why a recorded forward would not do what the model's own does, as a sentence; ``None`` where it would.
@@ -142,11 +144,12 @@ class Frozen:
         return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in self.tensors]
 
     def _walk(self) -> None:
+        """Look into all, or until there is a reason not to: what has been seen by then tells whether it lasts."""
         seen: set[int] = set()
         left: list[tuple[str, Any]] = [("", self._root)]
-        while left:
+        while left and self.refusal is None:
             path, found = left.pop()
-            if not isinstance(found, _OPAQUE) and id(found) not in seen:
+            if not isinstance(found, _OPAQUE) and type(found) is not object and id(found) not in seen:
                 seen.add(id(found))
                 left += self._look_into(path, found)
 
@@ -161,7 +164,8 @@ class Frozen:
         if isinstance(found, types.BuiltinFunctionType):
             return [(f"{path}.__self__", found.__self__)]
         if isinstance(found, types.FunctionType):
-            return self._add_function(path, found)
+            self._refuse(_why_unknown(path, found))
+            return []
         if isinstance(found, functools.partial):
             return self._add(path, (found.func, found.args, found.keywords))
         inside: list[tuple[str, Any]] = []
@@ -169,13 +173,13 @@ class Frozen:
             inside += self._add_dict(path, found)
         elif isinstance(found, _CONTAINERS):
             inside += self._add(path, found)
-        slots = [name for cls in type(found).__mro__ for name in _slots(cls) if name not in ("__dict__", "__weakref__")]
-        if slots:
-            inside += self._add(path, _Slots(found, slots))
-        if hasattr(found, "__dict__") and type(found) is not OrderedDict:  # as those of hooks are, ten a module
-            inside += self._add_object(path, found)
-        elif not slots and not isinstance(found, _CONTAINERS):
+        is_seen = isinstance(found, _CONTAINERS) or hasattr(found, "__dict__")
+        if not is_seen or isinstance(found, random.Random) or any(map(_has_slots, type(found).__mro__)):
             self._refuse(f"{path} is a {type(found).__qualname__}, in which no change would be seen")
+        elif hasattr(found, "__dict__") and type(found) is not OrderedDict:  # as those of hooks are, ten a module
+            inside += self._add_object(path, found)
+        elif type(found).__module__ != "builtins":
+            inside += self._add_classes(type(found))
         return inside
 
     def _add_tensor(self, path: str, tensor: Tensor) -> list[tuple[str, Any]]:
@@ -213,20 +217,13 @@ class Frozen:
             if each in self._classes or each.__module__ == "builtins":
                 continue
             self._classes.add(each)
-            path, is_trusted = f"the class {each.__qualname__}", _is_trusted(each)
+            path = f"the class {each.__qualname__}"
+            self._refuse(None if _is_known(each.__module__) else f"{path} is {_of_its_own(each.__module__)}")
             for inside, value in self._add_dict(path, vars(each)):
-                is_dunder = inside.rpartition(".")[2].startswith("__")
-                is_held = isinstance(value, (*_CONTAINERS, Tensor)) or (not is_trusted and _is_held(value))
-                if (is_held and not is_dunder) or (isinstance(value, types.FunctionType) and not is_trusted):
+                for function in _functions_of(value):
+                    self._refuse(_why_unknown(inside, function))
+                if isinstance(value, (*_CONTAINERS, Tensor)) and not inside.rpartition(".")[2].startswith("__"):
                     yield inside, value
-
-    def _add_function(self, path: str, function: types.FunctionType) -> list[tuple[str, Any]]:
-        if _is_trusted(function):
-            return []
-        closure = self._add(path, _Cells(function.__closure__ or ()))
-        names = [name for name in sorted(_names(function.__code__)) if name in function.__globals__]
-        read = self._add(path, _Globals(function.__globals__, names))
-        return [*closure, *read, *self._add(path, (function.__defaults__, function.__kwdefaults__))]
 
     def _add_dict(self, path: str, found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         self._add(path, found.keys())
@@ -244,82 +241,36 @@ class Frozen:
             self.refusal = reason
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """What the cells of a closure hold now."""
-
-    cells: tuple[types.CellType, ...]
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def __contains__(self, value: object) -> bool:
-        return any(value is mine for mine in self)
-
-    def __iter__(self) -> Iterator[Any]:
-        for cell in self.cells:
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not assigned yet
-                yield None
-
-
-@dataclass(frozen=True)
-class _Globals:
-    """What names of a module stand for now."""
-
-    of: dict[str, Any]
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, value: object) -> bool:
-        return any(value is mine for mine in self)
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.of.get, self.names)
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """What attributes without a ``__dict__`` hold now."""
-
-    owner: Any
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, value: object) -> bool:
-        return any(value is mine for mine in self)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (getattr(self.owner, name, None) for name in self.names)
-
-
 def _items(path: str, found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     prefix = f"{path}." if path else ""
     return [(f"{prefix}{name}", value) for name, value in found.items()]
 
 
-def _is_held(value: Any) -> bool:
-    """Whether an attribute of a class is an object of somebody's, not a descriptor or a class."""
-    return hasattr(value, "__dict__") and not hasattr(value, "__get__") and not callable(value)
+def _is_known(module: str | None) -> bool:
+    package = (module or "").partition(".")[0]
+    return package in _KNOWN or package in sys.stdlib_module_names
 
 
-def _is_trusted(found: type | types.FunctionType) -> bool:
-    return (found.__module__ or "").partition(".")[0] in _TRUSTED
+def _of_its_own(module: str | None) -> str:
+    return f"code of {module}, of which nobody can tell what it reads"
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """What a function and the functions inside of it look up."""
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+def _why_unknown(path: str, function: types.FunctionType) -> str | None:
+    module = function.__globals__.get("__name__")
+    return None if _is_known(module) else f"{path} is {_of_its_own(module)}"
 
 
-def _slots(cls: type) -> Iterable[str]:
-    names = vars(cls).get("__slots__", ())
-    return (names,) if isinstance(names, str) else names
+def _functions_of(value: Any) -> Iterator[types.FunctionType]:
+    """The Python functions that an attribute of a class calls, and those that they are wrapped around."""
+    parts = (value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset", "fdel", "func")))
+    for part in parts:
+        while isinstance(part, types.FunctionType):
+            yield part
+            part = getattr(part, "__wrapped__", None)
+
+
+def _has_slots(cls: type) -> bool:
+    return cls.__module__ != "builtins" and bool(vars(cls).get("__slots__"))
 
 
 def _why_python_runs(path: str, module: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +33,7 @@ MOST = 8  # graphs of one model, where nobody says how many
 COMPILED = "it is compiled, and a compiler traces its stock forward"
 EAGER_CALLS = 2  # with inputs of one shape: the first one compiles kernels, and both show what a forward changes
 _SHAPES = 64  # of which calls are counted
+_threads = threading.local()
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,12 @@ class Graphs:
             return self.given_up
         if root._compiled_call_impl is not None:
             return COMPILED
-        reason = _why_not(Frozen(root))
+        reason = _why_not_on_card(root)
+        if reason is None:
+            try:
+                reason = _why_not(Frozen(root))
+            except Exception as error:
+                reason = f"a look at the model failed ({_first_lines(error, None)})"
         if reason is None and not self.is_called and has_forward_of_another(root):
             return "something stands in the place of its forward, and has not called the one that graphs are in"
         if reason is None and self.refusal is not None:
@@ -135,9 +141,8 @@ class Graphs:
 
     def _serve(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # the model is looked at last: that takes the longest
-        device = next((tensor.device for tensor in chain(root.parameters(), root.buffers())), None)
-        if device is None or device.type != Card.device_type:
-            raise _NotServed(_why_not_on([device]))
+        _refuse(_why_not_on_card(root))
+        device = next(tensor.device for tensor in chain(root.parameters(), root.buffers()))
         _refuse("a capture of somebody else's is in progress" if Card.is_capturing(device) else None)
         leaves, spec = tree_flatten(_with_timestep_on(device, root, args, kwargs))
         for leaf in leaves:
@@ -164,7 +169,7 @@ class Graphs:
 
     def _wait_for(self, shape: Any) -> None:
         """Turn away a call that comes too early for a graph. Torch's libraries get ready for each thread by itself."""
-        key = threading.get_ident(), shape
+        key = _this_thread(), shape
         if len(self._calls) >= _SHAPES:
             self._calls.clear()
         if self._calls[key] < EAGER_CALLS:
@@ -175,11 +180,15 @@ class Graphs:
 
     def _look_at(self, root: nn.Module) -> Frozen:
         """The model as it is, without the graphs of one that it is no longer."""
-        change = None if self._frozen is None else self._frozen.change()
-        if change is not None:
-            self._changed = change
+        try:
+            change = None if self._frozen is None else self._frozen.change()
+            if change is not None:
+                self._changed = change
+                self.drop()
+            self._frozen = self._frozen or Frozen(root)
+        except Exception as error:  # of an object of somebody's, or of a dictionary that another thread fills
             self.drop()
-        self._frozen = self._frozen or Frozen(root)
+            raise _NotServed(f"a look at the model failed ({_first_lines(error, None)})") from error
         return self._frozen
 
     def _record(self, root: nn.Module, leaves: list[Any], spec: TreeSpec) -> _Graph:
@@ -239,6 +248,13 @@ class Graphs:
         self.given_up = reason
         warnings.warn(f"fastsd runs a model without CUDA graphs: {reason}", stacklevel=2)
         return _NotServed(reason)
+
+
+def _this_thread() -> object:
+    """A token of the thread, which no later one gets, as one may its number."""
+    if not hasattr(_threads, "token"):
+        _threads.token = object()
+    return _threads.token
 
 
 def graphs_of(root: nn.Module) -> Graphs | None:
@@ -342,15 +358,16 @@ def _refuse(reason: str | None) -> None:
 
 def _why_not(frozen: Frozen) -> str | None:
     """Why no call of such a model can be served, as a sentence, or ``None``."""
-    if {device.type for device in frozen.devices} != {Card.device_type}:
-        return _why_not_on(frozen.devices)
-    if len(frozen.devices) > 1:
-        return f"the model is on {' and '.join(map(str, frozen.devices))}, and a graph is of one device"
+    if frozen.refusal is None and len(frozen.devices) > 1:
+        return f"what the model holds is on {' and '.join(map(str, frozen.devices))}, and a graph is of one device"
     return frozen.refusal
 
 
-def _why_not_on(devices: Iterable[torch.device | None]) -> str:
-    where = " and ".join(str(device) for device in devices if device is not None) or "no device"
+def _why_not_on_card(root: nn.Module) -> str | None:
+    devices = {str(tensor.device) for tensor in chain(root.parameters(), root.buffers())}
+    if {device.partition(":")[0] for device in devices} == {Card.device_type}:
+        return None
+    where = " and ".join(sorted(devices)) or "no device"
     return f"the model is on {where}, and there are CUDA graphs only on a CUDA device"
 
 

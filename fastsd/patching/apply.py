@@ -48,8 +48,7 @@ def patch(
         cuda_graphs: records what a U-Net or ControlNet does on a CUDA device, at the third call with inputs of a
             shape, and replays it in later calls; the most recordings that a model keeps, ``True`` for 8, ``False`` or
             0 for none, ``None`` for what an earlier patch of the model set, at first none. A call that cannot be
-            replayed runs as without; :func:`report` says why. What your functions read in modules of yours (not in
-            their own globals, nor on the model) is taken as it was at that third call.
+            replayed runs as without, as all do of a model with code of your own in it; :func:`report` says why.
 
     Returns:
         ``model`` itself.

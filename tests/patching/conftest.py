@@ -5,7 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fastsd.nn import graphs
+from fastsd.nn import frozen, graphs
 from fastsd_kernels.linear import cpu_speed
 from tests.patching.tape import Tape
 
@@ -48,12 +48,16 @@ def _no_backend_from_the_environment(monkeypatch):
 
 
 @pytest.fixture
-def tape(monkeypatch):
-    """CUDA graphs are recorded on a :class:`Tape`, at the first call of a shape; what happened on all of them."""
+def tape(monkeypatch, request):
+    """CUDA graphs are recorded on a :class:`Tape`, at the first call of a shape; what happened on all of them.
+
+    The code of the tests counts as known.
+    """
 
     class Own(Tape):
         made: ClassVar = []
 
     monkeypatch.setattr(graphs, "Card", Own)
+    monkeypatch.setattr(frozen, "_KNOWN", frozen._KNOWN | {"conftest", "tests", request.module.__name__})
     monkeypatch.setattr(graphs, "EAGER_CALLS", 0)
     return Own

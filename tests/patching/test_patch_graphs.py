@@ -135,13 +135,14 @@ class TestFirstCalls:
             (lambda self, x, timestep: x[x > 0], "dynamic"),
             (lambda self, x, timestep: x + torch.ones(2, device="cpu").to(x.device), "copies between cpu and"),
             (lambda self, x, timestep: x[torch.tensor([1, 0], device="cpu")], "copies between cpu and"),
+            (lambda self, x, timestep: x + torch.tensor([1.0, 2.0]), "copies between cpu and cpu (aten::lift_fresh)"),
         ],
-        ids=["item", "mask", "copy", "index"],
+        ids=["item", "mask", "copy", "index", "tensor"],
     )
     @torch.no_grad()
     def test_what_no_graph_can_hold(self, tape, forward, reason, monkeypatch):
         """Is found before a capture fails at it."""
-        is_copy = "copies" in reason
+        is_copy = reason == "copies between cpu and"
         if is_copy:
             self.use_meta(tape, monkeypatch)
         model = type("Net", (nn.Module,), {"forward": forward})()
@@ -158,6 +159,31 @@ class TestFirstCalls:
         """A card without numbers, and of no autocast."""
         monkeypatch.setattr(tape, "device_type", "meta")
         monkeypatch.setattr(graphs_module, "_settings_of_torch", lambda device_type: ())
+
+    @torch.no_grad()
+    def test_watching_disturbs_nobody(self, tape):
+        """Operations of higher order, and functions that are compiled inside."""
+        compiled = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
+
+        def forward(self, x, timestep):
+            return compiled(torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)))
+
+        model = type("Net", (nn.Module,), {"forward": forward})()
+        model.block = build().mid_block.resnets[0]
+        fastsd.patch(model, cuda_graphs=True)
+        for _ in range(2):
+            assert torch.equal(model(torch.ones(2), 1), torch.full((2,), 4.0))
+        assert "and call 3 is recorded" in state(model).reason
+
+    @torch.no_grad()
+    def test_indices_of_a_table_of_masks(self, tape):
+        table = torch.tensor([True, False])
+        model = type("Net", (nn.Module,), {"forward": lambda self, x, timestep: table[x.long()]})()
+        model.block = build().mid_block.resnets[0]
+        fastsd.patch(model, cuda_graphs=True)
+        for _ in range(3):
+            assert torch.equal(model(torch.ones(2), 1), torch.tensor([False, False]))
+        assert events(tape) == ["capture", "replay"]
 
     @torch.no_grad()
     def test_boxes_of_gligen(self, tape, monkeypatch):

@@ -2,9 +2,12 @@
 
 import copy
 import gc
+import random
+import threading
 import weakref
-from functools import partial
-from types import BuiltinMethodType, SimpleNamespace
+from collections import OrderedDict
+from functools import partial, wraps
+from types import BuiltinMethodType
 from typing import ClassVar
 
 import numpy
@@ -15,6 +18,7 @@ from peft import LoraConfig
 from torch import nn
 
 import fastsd
+from fastsd.nn import frozen
 from fastsd.nn import graphs as graphs_module
 from fastsd.nn.graphs import graphs_of
 from tests.patching.models import assert_as_stock, build, call, relative_error
@@ -214,64 +218,17 @@ class TestChanges:
 class _Slotted:
     __slots__ = ("factor",)
 
+
+class _Factor:
     def __init__(self):
-        self.factor = [1.0]
+        self.factors = [1.0]
 
     def of(self, x):
-        return x * self.factor[0]
-
-
-class _Scaled(AttnProcessor):
-    """Multiplies by what it is given in one of many ways."""
-
-    factors: ClassVar = [1.0]
-    held = SimpleNamespace(scale=1.0)
-
-    def __init__(self, factor):
-        self.factor = factor
-
-    def helper(self):
-        return 1.0
-
-    def __call__(self, *args, **kwargs):
-        y = super().__call__(*args, **kwargs) * self.helper() * self.factors[0] * self.held.scale
-        if isinstance(self.factor, type):
-            return y * self.factor.scale
-        if isinstance(self.factor, BuiltinMethodType):
-            return y * self.factor(0)
-        return self.factor(y) if callable(self.factor) else y * self.factor
-
-
-def _closure():
-    factor = 1.0
-
-    def scale(x):
-        return x * factor
-
-    def double():
-        nonlocal factor
-        factor = 2.0
-
-    scale.double = double
-    return scale
+        return x * self.factors[0]
 
 
 def _times(factors, x):
     return x * factors[0]
-
-
-_FACTORS = {"global": 1.0}
-
-
-def _times_global(x):
-    return next(x * _FACTORS["global"] for _ in range(1))
-
-
-def _default():
-    def scale(x, factors=[1.0]):  # noqa: B006, to be changed
-        return x * factors[0]
-
-    return scale
 
 
 def _scale_of_a_class():
@@ -281,26 +238,46 @@ def _scale_of_a_class():
     return Held
 
 
-# what makes a processor's attribute, and what changes it where it lies
-HIDDEN = {
-    "closure": (_closure, lambda processor: processor.factor.double()),
-    "bound_method": (lambda: _Slotted().of, lambda processor: processor.factor.__self__.factor.append(0)),
-    "slots": (lambda: _Slotted().of, lambda processor: setattr(processor.factor.__self__, "factor", [2.0])),
-    "partial": (lambda: partial(_times, [1.0]), lambda processor: processor.factor.args[0].insert(0, 2.0)),
-    "class_attribute": (lambda: 1.0, lambda processor: processor.factors.insert(0, 2.0)),
-    "attributes": (lambda: 1.0, lambda processor: setattr(processor, "__dict__", {"factor": 2.0})),
-    "defaults": (_default, lambda processor: processor.factor.__defaults__[0].insert(0, 2.0)),
-    "global": (lambda: _times_global, lambda processor: _FACTORS.update({"global": 2.0})),
-    "attribute_of_a_class": (_scale_of_a_class, lambda processor: setattr(processor.factor, "scale", 2.0)),
-    "builtin_method": (lambda: [1.0].__getitem__, lambda processor: processor.factor.__self__.insert(0, 2.0)),
-    "object_of_the_class": (lambda: 1.0, lambda processor: setattr(processor.held, "scale", 2.0)),
-    "class": (lambda: 1.0, lambda processor: setattr(processor, "__class__", _Doubling)),
-}
+class _Scaled(AttnProcessor):
+    """Multiplies by what it is given in one of many ways."""
+
+    factors: ClassVar = [1.0]
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def helper(self):
+        return 1.0
+
+    def __call__(self, *args, **kwargs):
+        y = super().__call__(*args, **kwargs) * self.helper() * self.factors[0]
+        if isinstance(self.factor, type):
+            return y * self.factor.scale
+        if isinstance(self.factor, BuiltinMethodType):
+            return y * self.factor(0)
+        return self.factor(y) if callable(self.factor) else y * self.factor
 
 
 class _Doubling(_Scaled):
     def helper(self):
         return 2.0
+
+
+# what makes a processor's attribute, and what changes it where it lies
+HIDDEN = {
+    "bound_method": (lambda: _Factor().of, lambda processor: processor.factor.__self__.factors.insert(0, 2.0)),
+    "partial": (lambda: partial(_times, [1.0]), lambda processor: processor.factor.args[0].insert(0, 2.0)),
+    "class_attribute": (lambda: 1.0, lambda processor: processor.factors.insert(0, 2.0)),
+    "attributes": (lambda: 1.0, lambda processor: setattr(processor, "__dict__", {"factor": 2.0})),
+    "attribute_of_a_class": (_scale_of_a_class, lambda processor: setattr(processor.factor, "scale", 2.0)),
+    "builtin_method": (lambda: [1.0].__getitem__, lambda processor: processor.factor.__self__.insert(0, 2.0)),
+    "class": (lambda: 1.0, lambda processor: setattr(processor, "__class__", _Doubling)),
+}
+
+
+def _processed(model, processor):
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
+    return processor
 
 
 class TestHidden:
@@ -309,35 +286,25 @@ class TestHidden:
     @pytest.fixture(autouse=True)
     def class_stays(self, monkeypatch):
         monkeypatch.setattr(_Scaled, "factors", [1.0])
-        monkeypatch.setattr(_Scaled, "held", SimpleNamespace(scale=1.0))
-        monkeypatch.setitem(_FACTORS, "global", 1.0)
-
-    @staticmethod
-    def processed(model, factor):
-        processor = model.mid_block.attentions[0].transformer_blocks[0].attn1.processor = _Scaled(factor)
-        return processor
 
     @pytest.mark.parametrize("way", HIDDEN)
     @torch.no_grad()
     def test_change(self, tape, way):
         make, change = HIDDEN[way]
         model, eager = graphed(), fastsd.patch(build())
-        processors = [self.processed(each, make()) for each in (model, eager)]
+        processors = [_processed(each, _Scaled(make())) for each in (model, eager)]
         assert torch.equal(call(model), call(eager))
-        if way in ("class_attribute", "global", "object_of_the_class"):
-            change(processors[0])
-        else:
-            for processor in processors:
-                change(processor)
+        before = call(model)
+        for processor in processors[: 1 if way == "class_attribute" else 2]:
+            change(processor)
         assert torch.equal(call(model), call(eager))
-        assert events(tape) == ["capture", "replay"] * 2
+        assert not torch.equal(call(model), before)
+        assert events(tape, "capture") == ["capture"] * 2
 
     @torch.no_grad()
     def test_change_inside_of_something_equal(self, tape):
         model, eager = graphed(), fastsd.patch(build())
-        processors = [self.processed(each, [1.0]) for each in (model, eager)]
-        for processor in processors:
-            processor.factor = partial(_times, [1.0])
+        processors = [_processed(each, _Scaled(partial(_times, [1.0]))) for each in (model, eager)]
         call(model)
         for processor in processors:
             processor.factor = partial(_times, [1.0])
@@ -351,19 +318,115 @@ class TestHidden:
     def test_method_of_a_class(self, tape, monkeypatch):
         model, eager = graphed(), fastsd.patch(build())
         for each in (model, eager):
-            self.processed(each, 1.0)
+            _processed(each, _Scaled(1.0))
         before = call(model)
         monkeypatch.setattr(_Scaled, "helper", lambda processor: 2.0)
         assert torch.equal(call(model), call(eager))
         assert not torch.equal(call(model), before)
 
-    @torch.no_grad()
-    def test_what_no_look_can_see(self, tape):
-        model = graphed()
-        processor = self.processed(model, 1.0)
-        processor.number = numpy.float32(1)
-        assert "on cpu" not in (state(model).reason or "")
-        processor.array = numpy.ones(2)
-        call(model)
-        assert state(model).reason.endswith("attn1.processor.array is a ndarray, in which no change would be seen")
+
+def _wrapped(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class _Broken:
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+    @property
+    def __dict__(self):
+        raise KeyError("no")
+
+
+class TestUnknown:
+    """Code of nobody knows whom runs without graphs: no look can tell what it reads."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_of_the_tests_is_known(self, tape, monkeypatch):
+        monkeypatch.setattr(frozen, "_KNOWN", frozen._KNOWN - {"test_patch_graphs_changes"})
+
+    @staticmethod
+    def check(tape, model, reason):
+        for _ in range(2):
+            call(model)
+        assert reason in state(model).reason
         assert events(tape) == []
+
+    @torch.no_grad()
+    def test_processor(self, tape):
+        model = graphed()
+        _processed(model, _Scaled(1.0))
+        self.check(tape, model, "the class _Scaled is code of test_patch_graphs_changes, of which nobody can tell")
+
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            (_times, "processor.own is code of test_patch_graphs_changes"),
+            (_Factor().of, "is code of test_patch_graphs_changes"),
+            (partial(_times, [1.0]), "is code of test_patch_graphs_changes"),
+            (_Factor, "the class _Factor is code of test_patch_graphs_changes"),
+            (_Slotted(), "processor.own is a _Slotted, in which no change would be seen"),
+            (numpy.ones(2), "processor.own is a ndarray, in which no change would be seen"),
+            (random.Random(0), "processor.own is a Random, in which no change would be seen"),
+            (iter([1]), "processor.own is a list_iterator, in which no change would be seen"),
+        ],
+        ids=["function", "method", "partial", "class", "slots", "array", "random", "iterator"],
+    )
+    @torch.no_grad()
+    def test_attribute(self, tape, value, reason):
+        model = graphed()
+        _processed(model, AttnProcessor()).own = value
+        self.check(tape, model, reason)
+
+    @pytest.mark.parametrize(
+        "value",
+        [numpy.float32(1), object(), threading.Lock(), weakref.ref(_Factor), int | None, ..., OrderedDict(a=1)],
+        ids=["number", "object", "lock", "weakref", "union", "ellipsis", "dictionary"],
+    )
+    @torch.no_grad()
+    def test_attribute_that_cannot_matter(self, tape, value):
+        model = graphed()
+        _processed(model, AttnProcessor()).own = value
+        for _ in range(2):
+            call(model)
+        assert events(tape) == ["capture", "replay", "replay"]
+
+    @pytest.mark.parametrize(
+        "made",
+        [
+            lambda function: lambda *args, **kwargs: function(*args, **kwargs),
+            _wrapped,
+            lambda function: torch.no_grad()(_wrapped(function)),
+            lambda function: staticmethod(_times),
+            lambda function: property(lambda processor: None),
+        ],
+        ids=["function", "wrapped", "decorated", "static", "property"],
+    )
+    @torch.no_grad()
+    def test_in_a_class_of_diffusers(self, tape, made, monkeypatch):
+        model = graphed()
+        _processed(model, AttnProcessor())
+        value = made(AttnProcessor.__call__)
+        name = "own" if isinstance(value, staticmethod | property) else "__call__"
+        monkeypatch.setattr(AttnProcessor, name, value, raising=False)
+        self.check(tape, model, f"the class AttnProcessor.{name} is code of test_patch_graphs_changes")
+
+    @torch.no_grad()
+    def test_object_that_breaks_a_look(self, tape):
+        model = graphed()
+        _processed(model, AttnProcessor()).own = _Broken()
+        self.check(tape, model, "a look at the model failed")
+
+    @torch.no_grad()
+    def test_it_lasts_as_long_as_its_reason(self, tape):
+        model = graphed()
+        processor = _processed(model, AttnProcessor())
+        processor.own = _times
+        call(model)
+        del processor.own
+        call(model)
+        assert events(tape) == ["capture", "replay"]
