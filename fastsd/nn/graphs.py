@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -381,6 +380,8 @@ def _why_not_now() -> str | None:
     """Why no call can be served just now, whatever the model, as a sentence, or ``None``."""
     if torch.jit.is_tracing():
         return "torch.jit traced it"
+    from torch.utils._device import DeviceContext  # not loaded by `import torch`
+
     modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
     if modes or _get_current_dispatch_mode() is not None:
         return "a mode that sees every operation of torch was active"
