@@ -5,6 +5,7 @@ nor that Python would decide otherwise by now: for another LoRA, scale of an ada
 function of somebody's reads, nobody can tell; so models are served whose code is all of well-known packages.
 """
 
+import copyreg
 import enum
 import functools
 import logging
@@ -217,6 +218,7 @@ class Frozen:
             if each in self._classes or each.__module__ == "builtins":
                 continue
             self._classes.add(each)
+            copyreg._slotnames(each)  # type: ignore[attr-defined]  # the first copy of an object leaves them on its class
             path = f"the class {each.__qualname__}"
             self._refuse(None if _is_known(each.__module__) else f"{path} is {_of_its_own(each.__module__)}")
             for inside, value in self._add_dict(path, vars(each)):
