@@ -84,16 +84,14 @@ struct FullAttention {
         const int64_t part = task % parts, b = task / parts / heads, h = task / parts % heads;
         const Segment all{of_keys.at(b, h, 0), of_values.at(b, h, 0), bias ? bias + b * keys : nullptr, keys,
                           of_keys.token,       of_values.token};
-        const int64_t last = std::min(queries, (part + 1) * kTaskQueries);
-        for (int64_t first = part * kTaskQueries; first < last; first += kernels.queries) {
-          Queries<T> some;
-          some.count = std::min(kernels.queries, last - first);
-          for (int64_t i = 0; i < some.count; ++i) {
-            some.from[i] = q.at(b, h, first + i);
-            some.to[i] = out.at(b, h, first + i);
-          }
-          kernels.attend(some, Segments{&all, 1}, Segments{&all, 0}, nullptr, width, scale, scratch);
+        const int64_t first = part * kTaskQueries, last = std::min(queries, first + kTaskQueries);
+        const T* from[kTaskQueries];
+        T* to[kTaskQueries];
+        for (int64_t i = first; i < last; ++i) {
+          from[i - first] = q.at(b, h, i);
+          to[i - first] = out.at(b, h, i);
         }
+        kernels.attend({from, to, last - first}, Segments{&all, 1}, Segments{&all, 0}, nullptr, width, scale, scratch);
       }
       memory.release_above(kKeptFloats);
     });

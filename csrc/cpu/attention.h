@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
@@ -30,20 +31,29 @@ struct Segments {
 // Queries that see the same keys, and where their results go.
 template <typename T>
 struct Queries {
-  const T* from[kMostQueries];
-  T* to[kMostQueries];
+  const T* const* from;
+  T* const* to;
   int64_t count;
 };
 
+// So many queries of those that see the same keys are a task, and
+constexpr int64_t kTaskQueries = 256;
+// so much of what is kept of them stays in a core's own cache while each block of keys meets them all.
+constexpr int64_t kTaskFloats = 128 * 1024;
+
+// How many queries each block of keys meets while it is in the first cache.
+constexpr int64_t queries_at_once(int64_t width) {
+  return std::clamp(kTaskFloats / (3 * width) / kMostQueries * kMostQueries, kMostQueries, kTaskQueries);
+}
+
 // Floats of scratch that attend() wants.
 constexpr int64_t scratch_floats(int64_t width) {
-  return kMostQueries * (3 * width + kBlockKeys);
+  return queries_at_once(width) * (3 * width + 2) + kMostQueries * kBlockKeys;
 }
 
 // The vectorised loops, as one instruction set has them; attention_kernel.h says what each does.
 template <typename T>
 struct AttentionKernels {
-  int64_t queries;  // how many attend() takes at most
   void (*attend)(const Queries<T>& queries, Segments regional, Segments cells, const float* share, int64_t width,
                  float scale, float* scratch);
   void (*pool)(const T* x, int64_t height, int64_t columns, int64_t row, int64_t token, int64_t width, float* mean);
@@ -54,7 +64,6 @@ struct AttentionKernels {
 template <typename T>
 AttentionKernels<T> attention_kernels_for(Isa isa);
 
-constexpr int64_t kTaskQueries = 256;         // of many that see the same keys
 constexpr int64_t kKeptFloats = 1024 * 1024;  // of a thread's scratch, between calls
 
 // Tokens [batch, heads, tokens, width]; strides in elements.

@@ -126,13 +126,70 @@ static void score_block(Segments block, const float* q, int64_t width, float sca
   }
 }
 
-// Softmax over all keys of the segments, and the weighted sum of their values, out[width, queries], which is scaled by
-// `share` and, where `add`, added to what stands there.
-static void attend_segments(Segments segments, const float* q, int64_t width, float scale, float share, bool add,
-                            float* sums, float* scores, float* out) {
+// One block of keys and kQueries queries: the largest score and the sum of weights of each so far, and the weighted sum
+// of values, sums[width, queries].
+static void attend_block(Segments block, int64_t keys, const float* q, int64_t width, float scale, float* most_so_far,
+                         float* total_so_far, float* sums, float* scores) {
   const Vector zero = {};
-  Vector most[2] = {zero - __builtin_inff(), zero - __builtin_inff()}, total[2] = {zero, zero};
-  for (int64_t i = 0; i < width * kQueries; ++i) sums[i] = 0.0f;
+  Vector before[2], most[2], keep[2], offset[2];
+  for (int j = 0; j < 2; ++j) {
+    read(most_so_far + j * kLanes, before[j]);
+    most[j] = before[j];
+  }
+  score_block(block, q, width, scale, scores, most);
+  for (int j = 0; j < 2; ++j) {
+    // with no score above minus infinity every weight is 0, and the quotient at the end NaN
+    offset[j] = most[j] == -__builtin_inff() ? zero : most[j];
+    keep[j] = exp_of(before[j] - offset[j]);
+  }
+  Vector sum[2] = {zero, zero};
+  for (int64_t key = 0; key < keys; ++key)
+    for (int j = 0; j < 2; ++j) {
+      Vector p;
+      read(scores + key * kQueries + j * kLanes, p);
+      p = exp_of(p - offset[j]);
+      sum[j] += p;
+      write(scores + key * kQueries + j * kLanes, p);
+    }
+  for (int j = 0; j < 2; ++j) {
+    Vector total;
+    read(total_so_far + j * kLanes, total);
+    write(total_so_far + j * kLanes, total * keep[j] + sum[j]);
+    write(most_so_far + j * kLanes, most[j]);
+  }
+  const int64_t tiles = (width + kRows - 1) / kRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = width * tile / tiles, end = width * (tile + 1) / tiles;
+    values_rest<kRows>(end - first, block, first, scores, keep, sums + first * kQueries);
+  }
+}
+
+// What attend_segments() needs memory for: of `groups` times kQueries queries q, sums and out, each
+// [groups, width, queries], and most and total, [groups, queries]; scores of a group and a block.
+struct Scratch {
+  float *q, *sums, *out, *most, *total, *scores;
+
+  Scratch(float* memory, int64_t groups, int64_t width) {
+    const int64_t queries = groups * kQueries;
+    q = memory;
+    sums = q + queries * width;
+    out = sums + queries * width;
+    most = out + queries * width;
+    total = most + queries;
+    scores = total + queries;
+  }
+};
+
+// Softmax over all keys of the segments, and the weighted sum of their values, out[groups, width, queries], which is
+// scaled by `share` and, where `add`, added to what stands there. A block of keys meets all queries while it is in the
+// cache.
+static void attend_segments(Segments segments, const Scratch& of, int64_t groups, int64_t width, float scale,
+                            float share, bool add) {
+  for (int64_t i = 0; i < groups * width * kQueries; ++i) of.sums[i] = 0.0f;
+  for (int64_t i = 0; i < groups * kQueries; ++i) {
+    of.most[i] = -__builtin_inff();
+    of.total[i] = 0.0f;
+  }
 
   Segment pieces[kBlockKeys];
   Segment rest = {};
@@ -149,40 +206,55 @@ static void attend_segments(Segments segments, const float* q, int64_t width, fl
       rest.count -= piece.count;
       keys += piece.count;
     }
-
-    const Vector before[2] = {most[0], most[1]};
-    score_block(block, q, width, scale, scores, most);
-    Vector keep[2], offset[2];
-    for (int j = 0; j < 2; ++j) {
-      // with no score above minus infinity every weight is 0, and the quotient at the end NaN
-      offset[j] = most[j] == -__builtin_inff() ? zero : most[j];
-      keep[j] = exp_of(before[j] - offset[j]);
-    }
-    Vector sum[2] = {zero, zero};
-    for (int64_t key = 0; key < keys; ++key)
-      for (int j = 0; j < 2; ++j) {
-        Vector p;
-        read(scores + key * kQueries + j * kLanes, p);
-        p = exp_of(p - offset[j]);
-        sum[j] += p;
-        write(scores + key * kQueries + j * kLanes, p);
-      }
-    for (int j = 0; j < 2; ++j) total[j] = total[j] * keep[j] + sum[j];
-    const int64_t tiles = (width + kRows - 1) / kRows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = width * tile / tiles, end = width * (tile + 1) / tiles;
-      values_rest<kRows>(end - first, block, first, scores, keep, sums + first * kQueries);
-    }
+    for (int64_t g = 0; g < groups; ++g)
+      attend_block(block, keys, of.q + g * width * kQueries, width, scale, of.most + g * kQueries,
+                   of.total + g * kQueries, of.sums + g * width * kQueries, of.scores);
   }
 
-  for (int64_t c = 0; c < width; ++c)
+  for (int64_t i = 0; i < groups * width; ++i)
     for (int j = 0; j < 2; ++j) {
-      Vector sum, result = {};
-      read(sums + c * kQueries + j * kLanes, sum);
-      if (add) read(out + c * kQueries + j * kLanes, result);
-      result += share * (sum / total[j]);
-      write(out + c * kQueries + j * kLanes, result);
+      const int64_t at = i * kQueries + j * kLanes;
+      Vector sum, total, result = {};
+      read(of.sums + at, sum);
+      read(of.total + i / width * kQueries + j * kLanes, total);
+      if (add) read(of.out + at, result);
+      result += share * (sum / total);
+      write(of.out + at, result);
     }
+}
+
+// to[width, queries] from the tokens of some queries; zero where there are fewer.
+template <typename T>
+static void gather_queries(const T* const* from, int64_t count, int64_t width, float* to) {
+  int64_t c = 0;
+  for (; count >= kQueries && c + kLanes <= width; c += kLanes)
+    for (int j = 0; j < kQueries; j += kLanes) {
+      Vector block[kLanes];
+      for (int i = 0; i < kLanes; ++i) read(from[j + i] + c, block[i]);
+      exchange_all<1>(block);
+      for (int i = 0; i < kLanes; ++i) write(to + (c + i) * kQueries + j, block[i]);
+    }
+  for (; c < width; ++c)
+    for (int64_t i = 0; i < kQueries; ++i) to[c * kQueries + i] = i < count ? load(from[i] + c) : 0.0f;
+}
+
+// The tokens of the results of some queries from result[width, queries].
+template <typename T>
+static void scatter_results(const float* result, int64_t count, int64_t width, T* const* to) {
+  int64_t c = 0;
+  for (; count >= kQueries && c + kLanes <= width; c += kLanes)
+    for (int j = 0; j < kQueries; j += kLanes) {
+      Vector block[kLanes];
+      for (int i = 0; i < kLanes; ++i) read(result + (c + i) * kQueries + j, block[i]);
+      exchange_all<1>(block);
+      for (int i = 0; i < kLanes; ++i) {
+        float lanes[kLanes];
+        write(lanes, block[i]);
+        for (int l = 0; l < kLanes; ++l) store(to[j + i] + c + l, lanes[l]);
+      }
+    }
+  for (; c < width; ++c)
+    for (int64_t i = 0; i < kQueries && i < count; ++i) store(to[i] + c, result[c * kQueries + i]);
 }
 
 // Attention of some queries to the keys of their window and to cells: one softmax over both, or, where `share` is
@@ -190,26 +262,21 @@ static void attend_segments(Segments segments, const float* q, int64_t width, fl
 template <typename T>
 static void attend(const Queries<T>& queries, Segments regional, Segments cells, const float* share, int64_t width,
                    float scale, float* scratch) {
-  float *q = scratch, *sums = q + width * kQueries, *out = sums + width * kQueries, *scores = out + width * kQueries;
-  for (int64_t i = 0; i < kQueries; ++i) {
-    if (i >= queries.count) {
-      for (int64_t c = 0; c < width; ++c) q[c * kQueries + i] = 0.0f;
-      continue;
+  for (int64_t first = 0; first < queries.count; first += queries_at_once(width)) {
+    const int64_t left = queries.count - first, count = left < queries_at_once(width) ? left : queries_at_once(width);
+    const int64_t groups = (count + kQueries - 1) / kQueries;
+    const Scratch of(scratch, groups, width);
+    for (int64_t g = 0; g < groups; ++g)
+      gather_queries(queries.from + first + g * kQueries, count - g * kQueries, width, of.q + g * width * kQueries);
+    if (share && cells.count > 0) {
+      attend_segments(regional, of, groups, width, scale, *share, false);
+      attend_segments(cells, of, groups, width, scale, 1.0f - *share, true);
+    } else {
+      // the host function puts the segments of both side by side
+      attend_segments({regional.data, regional.count + cells.count}, of, groups, width, scale, 1.0f, false);
     }
-    const T* from = queries.from[i];
-    for (int64_t c = 0; c < width; ++c) q[c * kQueries + i] = load(from + c);
-  }
-  if (share && cells.count > 0) {
-    attend_segments(regional, q, width, scale, *share, false, sums, scores, out);
-    attend_segments(cells, q, width, scale, 1.0f - *share, true, sums, scores, out);
-  } else {
-    // the host function puts the segments of both side by side
-    const Segments all = {regional.data, regional.count + cells.count};
-    attend_segments(all, q, width, scale, 1.0f, false, sums, scores, out);
-  }
-  for (int64_t i = 0; i < queries.count; ++i) {
-    T* to = queries.to[i];
-    for (int64_t c = 0; c < width; ++c) store(to + c, out[c * kQueries + i]);
+    for (int64_t g = 0; g < groups; ++g)
+      scatter_results(of.out + g * width * kQueries, count - g * kQueries, width, queries.to + first + g * kQueries);
   }
 }
 
@@ -234,5 +301,5 @@ static void to_float(const T* __restrict x, int64_t count, float* __restrict y) 
 
 template <typename T>
 static AttentionKernels<T> attention_kernels() {
-  return {kQueries, attend<T>, pool<T>, to_float<T>};
+  return {attend<T>, pool<T>, to_float<T>};
 }

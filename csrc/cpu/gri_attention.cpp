@@ -169,18 +169,15 @@ struct Attention {
         }
         const Segments own{segments.data(), regional};
         const Segments of_cells{segments.data() + regional, int64_t(segments.size()) - regional};
-        const int64_t last = std::min(count, (part + 1) * kTaskQueries);
-        for (int64_t first = part * kTaskQueries; first < last; first += kernels.queries) {
-          Queries<T> queries;
-          queries.count = std::min(kernels.queries, last - first);
-          for (int64_t i = 0; i < queries.count; ++i) {
-            const int64_t index = first + i;
-            const int64_t token = (top + index / size.width) * grid.width + left + index % size.width;
-            queries.from[i] = q.at(b, h, token);
-            queries.to[i] = out.at(b, h, token);
-          }
-          kernels.attend(queries, own, of_cells, share ? share + h : nullptr, width, scale, scratch);
+        const int64_t first = part * kTaskQueries, last = std::min(count, first + kTaskQueries);
+        const T* from[kTaskQueries];
+        T* to[kTaskQueries];
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t token = (top + i / size.width) * grid.width + left + i % size.width;
+          from[i - first] = q.at(b, h, token);
+          to[i - first] = out.at(b, h, token);
         }
+        kernels.attend({from, to, last - first}, own, of_cells, share ? share + h : nullptr, width, scale, scratch);
       }
       memory.release_above(kKeptFloats);
     });
