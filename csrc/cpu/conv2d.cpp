@@ -33,7 +33,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockBytes = 12 * 1024 * 1024;             // of a block's matrices: what stays in a last-level cache
+constexpr int64_t kBlockBytes = 24 * 1024 * 1024;             // of a block's matrices: what stays in a last-level cache
 constexpr int64_t kChunk = 64;                                // channels that are gathered at once
 constexpr int64_t kMostPixels = 64;                           // of one row that are computed at once
 constexpr int64_t kWidestVector = 16;                         // floats
@@ -41,7 +41,10 @@ constexpr int64_t kTaskBytes = 768 * 1024;                    // of a task's col
 constexpr int64_t kMostTaskRows = 128, kFewestTaskRows = 64;  // of the product: what pays for reading the weights anew
 constexpr int64_t kMostTaskWeights = 8 * 1024 * 1024;         // bytes, which a cache that all cores share can hold
 constexpr int64_t kFewestTasks = 4;
-constexpr int64_t kTransformedBytes = 3 * 1024 * 1024;  // of weights that are used at once
+// Of weights that are used at once. Few tiles are done with them so soon that they had better stay in a core's own
+// cache; with many, sums are the more often read and written anew the fewer channels are summed up at once.
+constexpr int64_t kFewTiles = 48;
+constexpr int64_t kTransformedForFew = 768 * 1024, kTransformedForMany = 3 * 1024 * 1024;
 
 // A stride of n floats or a little more, such that 36 of them fall on as many sets of a cache.
 int64_t spread(int64_t n) {
@@ -210,8 +213,10 @@ struct Convolution {
     const int64_t per_sample = alpha ? all.tile_rows * all.per_row : all.count, sample = first / per_sample;
     const int64_t samples = (first + count - 1) / per_sample - sample + 1;
     const int64_t wanted = form.m == 1 ? form.kernel * form.kernel * channels : channels;
+    const int64_t tiles = std::min(per_sample, all.count) * all.width;
+    const int64_t transformed = tiles < kFewTiles ? kTransformedForFew : kTransformedForMany;
     const int64_t most =
-        form.m == 1 ? kPanelDepth : kTransformedBytes / (form.frequencies() * kPanel * int64_t(sizeof(float)));
+        form.m == 1 ? kPanelDepth : transformed / (form.frequencies() * kPanel * int64_t(sizeof(float)));
     const int64_t at_once = ceil_div(wanted, ceil_div(wanted, most));
     const int64_t per_frequency = spread(at_once * kPanel);
     share_out(columns / kPanel * samples, 1, [&](int64_t begin, int64_t end) {
@@ -233,9 +238,12 @@ struct Convolution {
             ahead = rows_of(of_task, of_panel(p), c + n, std::min(at_once, wanted - c - n));
           else if (task + 1 < end && samples == 1)
             ahead = rows_of(weights_of(p + 1, b), of_panel(p + 1), 0, std::min(at_once, wanted));
-          for (int64_t f = 0; f < form.frequencies(); ++f)
-            kernels.multiply(inputs + f * per_input + row * depth + c, rows, n, depth, panel + f * per_frequency,
+          for (int64_t f = 0; f < form.frequencies(); ++f) {
+            const float* from = inputs + f * per_input + row * depth + c;
+            ahead.matrix = f + 1 < form.frequencies() ? from + per_input : nullptr;
+            kernels.multiply(from, rows, n, depth, panel + f * per_frequency,
                              sums + f * per_sum + row * columns + p * kPanel, columns, c > 0, ahead);
+          }
         }
       }
     });

@@ -30,9 +30,9 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kFewRows = 512;
-constexpr int64_t kTaskBytes = 768 * 1024;          // of a task's rows: what stays in a core's own cache
-constexpr int64_t kMostTaskRows = 120;              // whole steps of every instruction set, and so are
-constexpr int64_t kFewestTaskRows = 24;             // these
+constexpr int64_t kTaskBytes = 768 * 1024;  // of a task's rows: what stays in a core's own cache
+constexpr int64_t kMostTaskRows = 132;
+constexpr int64_t kFewestTaskRows = 48;             // enough to fetch the next panel while they are multiplied
 constexpr int64_t kPackedBytes = 12 * 1024 * 1024;  // of weights that are packed at once
 constexpr int64_t kTasksPerThread = 4;
 
@@ -87,7 +87,11 @@ struct Linear {
       float* panel = scratch.at_least(panel_floats() + parts() * rows * kPanel);
       for (int64_t p = begin; p < end; ++p) {
         pack(p, panel);
-        multiply(p, 0, rows, inputs(0, wide), panel, panel + panel_floats(), biases, p + 1 < end);
+        multiply(p, 0, rows, inputs(0, wide), panel, panel + panel_floats(), biases, [&](int64_t part) {
+          if (p + 1 == end) return Ahead{};
+          const int64_t row_bytes = weight_row * int64_t(sizeof(T));
+          return Ahead{weight_rows(p + 1, part), of_panel(p + 1), depth * int64_t(sizeof(T)), row_bytes};
+        });
       }
       scratch.release_above(kPackedBytes / int64_t(sizeof(float)));
     });
@@ -115,7 +119,11 @@ struct Linear {
           const int64_t row = task * per_task, count = std::min(per_task, rows - row);
           if (!is_read_in_place()) prepare(row, count, wide);
           for (int64_t p = first; p < last; ++p)
-            multiply(p, row, count, inputs(row, wide), packed + (p - first) * panel_floats(), sums, biases, false);
+            multiply(p, row, count, inputs(row, wide), packed + (p - first) * panel_floats(), sums, biases,
+                     [&](int64_t part) {
+                       const float* next = packed + (p + 1 == last ? 0 : p + 1 - first) * panel_floats();
+                       return Ahead{next + part * depth * kPanel, 1, depth * kPanel * int64_t(sizeof(float))};
+                     });
         }
         scratch.release_above(kPackedBytes / int64_t(sizeof(float)));
       });
@@ -123,10 +131,12 @@ struct Linear {
     kept.release_above(2 * kPackedBytes / int64_t(sizeof(float)));
   }
 
+  // As many tasks for each thread, of about as many rows, of whole steps or a little less.
   int64_t task_rows() const {
     const int64_t cached = kTaskBytes / (depth * int64_t(sizeof(float)));
-    const int64_t shared = ceil_div(rows, kTasksPerThread * torch::stable::get_num_threads());
-    return std::clamp(std::min(cached, shared) / kFewestTaskRows * kFewestTaskRows, kFewestTaskRows, kMostTaskRows);
+    const int64_t most = std::clamp(cached, kFewestTaskRows, kMostTaskRows), threads = torch::stable::get_num_threads();
+    const int64_t tasks = round_up(std::max(ceil_div(rows, most), kTasksPerThread * threads), threads);
+    return std::max(kFewestTaskRows, ceil_div(rows, tasks));
   }
 
   struct Inputs {
@@ -161,16 +171,14 @@ struct Linear {
 
   const T* weight_rows(int64_t p, int64_t part) const { return weight + (part * features + p * kPanel) * weight_row; }
 
-  // sums: [parts, count, kPanel]; the weights of the next panel may be fetched meanwhile.
+  // sums: [parts, count, kPanel]; ahead(part): what is fetched meanwhile.
+  template <typename Next>
   void multiply(int64_t p, int64_t row, int64_t count, const Inputs& from, const float* panel, float* sums,
-                const float* biases, bool is_next_fetched) const {
+                const float* biases, const Next& ahead) const {
     for (int64_t part = 0; part < parts(); ++part) {
-      Ahead ahead;
-      if (is_next_fetched)
-        ahead = {weight_rows(p + 1, part), of_panel(p + 1), depth * int64_t(sizeof(T)),
-                 weight_row * int64_t(sizeof(T))};
+      Ahead next = ahead(part);
       kernels.multiply(from.data, count, depth, from.row, panel + part * depth * kPanel, sums + part * count * kPanel,
-                       kPanel, false, ahead);
+                       kPanel, false, next);
     }
     Rows<T> here = to;
     here.out += row * to.out_row + p * kPanel;

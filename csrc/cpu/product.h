@@ -15,11 +15,12 @@ constexpr int64_t kPanelDepth = 2560;
 // So much of it is summed up by itself: errors of rounding grow with the length of a sum.
 constexpr int64_t kSummedDepth = 384;
 
-// Rows of weights that will be wanted next, brought from memory line by line while others are multiplied.
+// What will be wanted next, brought from memory line by line while something else is multiplied.
 struct Ahead {
-  const void* row = nullptr;
+  const void* row = nullptr;                   // of weights
   int64_t rows = 0, bytes = 0, row_bytes = 0;  // left, wanted of each, from one to the next
   int64_t done = 0;                            // of this row
+  const float* matrix = nullptr;               // to be multiplied next, of the same strides
 
   void fetch_line() {
     if (rows == 0) return;

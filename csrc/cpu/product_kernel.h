@@ -15,22 +15,27 @@ static inline __attribute__((always_inline)) void multiply_column(const float* a
 }
 
 // out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers, those of
-// each part of the depth by themselves.
+// each part of the depth by themselves. `next`: the rows of the next step, which are fetched meanwhile.
 template <int R>
 static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const float* b, float* out, int64_t out_row,
-                          bool add, Ahead& ahead) {
+                          bool add, const float* next, Ahead& ahead) {
+  constexpr int64_t line = 64 / sizeof(float);
   const int64_t parts = (depth + kSummedDepth - 1) / kSummedDepth;
   for (int s = 0; s < kPanel; s += 2 * kLanes)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t last = (part + 1) * depth / parts;
       int64_t k = part * depth / parts;
       Vector sum[R][2] = {};
-      for (; k + 2 <= last; k += 2) {
-        multiply_column<R>(a, a_row, b + s, k, sum);
-        multiply_column<R>(a, a_row, b + s, k + 1, sum);
-        ahead.fetch_line();
+      for (; k + line <= last; k += line) {
+        if (s == 0)
+          for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * a_row + k, 0, 2);
+        for (int64_t i = k; i < k + line; i += 2) {
+          multiply_column<R>(a, a_row, b + s, i, sum);
+          multiply_column<R>(a, a_row, b + s, i + 1, sum);
+          ahead.fetch_line();
+        }
       }
-      if (k < last) multiply_column<R>(a, a_row, b + s, k, sum);
+      for (; k < last; ++k) multiply_column<R>(a, a_row, b + s, k, sum);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < 2; ++v) {
           float* to = out + r * out_row + s + v * kLanes;
@@ -42,18 +47,20 @@ static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const fl
 }
 
 // As many rows at a time as the registers hold; the rows are spread evenly, so that none is left for a slow last step.
+// `after`: what will be multiplied next.
 static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                           int64_t out_row, bool add, Ahead& ahead) {
+                           int64_t out_row, bool add, const float* after, Ahead& ahead) {
   constexpr int most = FASTSD_VECTORS == 32 ? 12 : 6;
   const int64_t steps = (rows + most - 1) / most;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = step * rows / steps, n = (step + 1) * rows / steps - first;
     const float* from = a + first * a_row;
+    const float* next = step + 1 < steps ? from + n * a_row : after;
     float* to = out + first * out_row;
     switch (n) {
-#define FASTSD_ROWS(R)                                                \
-  case R:                                                             \
-    multiply_rows<R>(from, depth, a_row, b, to, out_row, add, ahead); \
+#define FASTSD_ROWS(R)                                                      \
+  case R:                                                                   \
+    multiply_rows<R>(from, depth, a_row, b, to, out_row, add, next, ahead); \
     break;
       FASTSD_ROWS(1)
       FASTSD_ROWS(2)
@@ -81,7 +88,8 @@ static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row,
   const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
-    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, add || step > 0, ahead);
+    const float* after = step + 1 < steps ? a + first + n : ahead.matrix ? ahead.matrix : a;
+    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, add || step > 0, after, ahead);
   }
 }
 
