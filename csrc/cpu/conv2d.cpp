@@ -34,22 +34,25 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockBytes = 24 * 1024 * 1024;             // of a block's matrices: what stays in a last-level cache
-constexpr int64_t kChunk = 64;                                // channels that are gathered at once
+constexpr int64_t kChunk = kDepthBlock;                       // channels that are gathered at once
 constexpr int64_t kMostPixels = 64;                           // of one row that are computed at once
 constexpr int64_t kWidestVector = 16;                         // floats
 constexpr int64_t kTaskBytes = 768 * 1024;                    // of a task's columns: what stays in a core's own cache
 constexpr int64_t kMostTaskRows = 128, kFewestTaskRows = 64;  // of the product: what pays for reading the weights anew
 constexpr int64_t kMostTaskWeights = 8 * 1024 * 1024;         // bytes, which a cache that all cores share can hold
 constexpr int64_t kFewestTasks = 4;
+constexpr int64_t kTilesTogether = 16;  // whose results are written panel by panel
 // Of weights that are used at once. Few tiles are done with them so soon that they had better stay in a core's own
 // cache; with many, sums are the more often read and written anew the fewer channels are summed up at once.
 constexpr int64_t kFewTiles = 48;
 constexpr int64_t kTransformedForFew = 768 * 1024, kTransformedForMany = 3 * 1024 * 1024;
 
-// A stride of n floats or a little more, such that 36 of them fall on as many sets of a cache.
-int64_t spread(int64_t n) {
+// Such that 36 matrices, that far beyond whole pages apart, fall on as many sets of a cache.
+constexpr int64_t kSpread = 3 * kWidestVector;
+
+int64_t spread(int64_t floats) {
   constexpr int64_t page = 1024;
-  return round_up(n, page) + 3 * kWidestVector;
+  return round_up(floats, page) + kSpread;
 }
 
 template <typename T>
@@ -144,7 +147,8 @@ struct Convolution {
             gather_columns(all, first + s, c, inputs + s * all.width * depth, depth);
         for (int64_t p = 0; p < panels; ++p) {
           Ahead none;
-          kernels.multiply(inputs, rows, per_panel / kPanel, depth, panel + p * per_panel, sums, kPanel, false, none);
+          kernels.multiply(Matrix::of_rows(inputs, depth), rows, per_panel / kPanel, panel + p * per_panel, sums,
+                           kPanel, false, none);
           for (int64_t s = 0; s < count; ++s) {
             const Place at = place(all, first + s);
             write_pixels(at, results(all, at), sums + s * all.width * kPanel, kPanel, p * kPanel, of_panel(p), biases,
@@ -160,93 +164,132 @@ struct Convolution {
   // How many output channels a panel of the weights has.
   int64_t of_panel(int64_t p) const { return std::min(kPanel, out_channels - p * kPanel); }
 
+  // Some strips and their matrices: of tiles the inputs [frequency][block of channels][tile][kDepthBlock], of columns
+  // [pixel][depth]; sums [panel][frequency][tile][kPanel]. What is read together lies together.
+  struct Block {
+    int64_t first, count, rows;  // strips, and tiles in them
+    float *inputs, *sums;
+    int64_t per_input, per_sum, frequencies;  // of one frequency
+    int64_t per_row, per_block;
+
+    Matrix inputs_of(int64_t f) const { return {inputs + f * per_input, per_row, per_block}; }
+    float* sums_of(int64_t panel, int64_t f, int64_t row) const {
+      return sums + (panel * frequencies + f) * per_sum + row * kPanel;
+    }
+  };
+
   // Block by block, the steps one after the other.
   void run_blocks(const Strips& all) const {
-    const int64_t m = form.m, frequencies = form.frequencies(), taps = form.taps();
-    const int64_t strips = all.count, strip = all.width;
-    const int64_t depth = round_up(taps * channels, kWidestVector), panels = ceil_div(out_channels, kPanel),
-                  columns = panels * kPanel;
+    const int64_t frequencies = form.frequencies(), strip = all.width;
+    const int64_t depth =
+        is_transformed() ? round_up(channels, kDepthBlock) : round_up(form.taps() * channels, kWidestVector);
+    const int64_t panels = ceil_div(out_channels, kPanel), columns = panels * kPanel;
     const int64_t strip_bytes = frequencies * strip * (depth + columns) * int64_t(sizeof(float));
     const int64_t most = std::max<int64_t>(1, kBlockBytes / strip_bytes);
     const int64_t whole = block_limit(all);
     const int64_t strips_per_block = most < whole ? ceil_div(whole, ceil_div(whole, most)) : most / whole * whole;
-    const int64_t tiles = std::min(strips_per_block, strips) * strip;
-    const int64_t per_input = spread(tiles * depth), per_sum = spread(tiles * columns);
+    const int64_t tiles = std::min(strips_per_block, all.count) * strip;
+    const int64_t per_input = spread(tiles * depth), per_sum = tiles * kPanel + kSpread;
 
     static thread_local AlignedFloats kept;
-    float* inputs = kept.at_least(frequencies * (per_input + per_sum) + bias_rows() * columns);
+    float* inputs = kept.at_least(frequencies * (per_input + panels * per_sum) + bias_rows() * columns);
     float* sums = inputs + frequencies * per_input;
-    float* biases = sums + frequencies * per_sum;
+    float* biases = sums + panels * frequencies * per_sum;
     fill_biases(biases, columns);
 
-    const int64_t chunks = ceil_div(channels, kChunk);
-    for (int64_t first = 0, count; first < strips; first += count) {
-      count = std::min(strips_per_block, strips - first);
+    for (int64_t first = 0, count; first < all.count; first += count) {
+      count = std::min(strips_per_block, all.count - first);
       if (most < whole) count = std::min(count, whole - first % whole);
-      share_out(count * chunks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t s = task / chunks, c = task % chunks * kChunk;
-          float* to = inputs + s * strip * depth;
-          if (m == 1)
-            gather_columns(all, first + s, c, to, depth);
-          else
-            gather_tiles(all, first + s, c, to + c, per_input, depth);
-        }
-      });
       const int64_t rows = count * strip;
-      multiply(all, first, count, inputs, per_input, depth, sums, per_sum, columns);
+      const Block block{first,
+                        count,
+                        rows,
+                        inputs,
+                        sums,
+                        per_input,
+                        per_sum,
+                        frequencies,
+                        is_transformed() ? kDepthBlock : depth,
+                        is_transformed() ? rows * kDepthBlock : kDepthBlock};
+      gather(all, block);
+      multiply(all, block);
       share_out(rows, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile)
-          write_tile(place(all, first + tile / strip, tile % strip), sums + tile * columns, per_sum, biases, columns);
+        for (int64_t some = begin; some < end; some += kTilesTogether)
+          for (int64_t p = 0; p < panels; ++p)
+            for (int64_t tile = some; tile < std::min(end, some + kTilesTogether); ++tile)
+              write_tile(place(all, first + tile / strip, tile % strip), block.sums_of(p, 0, tile), per_sum, p, biases,
+                         columns);
       });
     }
     kept.release_above(2 * kBlockBytes / int64_t(sizeof(float)));
   }
 
+  bool is_transformed() const { return form.m > 1; }
+
   // What a block should not go beyond, or hold a multiple of: with weights of each sample a sample, else all.
   int64_t block_limit(const Strips& all) const { return alpha ? all.tile_rows * all.per_row : all.count; }
 
+  // The inputs of a block.
+  void gather(const Strips& all, const Block& block) const {
+    const int64_t chunks = ceil_div(channels, kChunk);
+    share_out(block.count * chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t s = task / chunks, c = task % chunks * kChunk, row = s * all.width;
+        if (is_transformed())
+          gather_tiles(all, block.first + s, c, block.inputs + c / kDepthBlock * block.per_block + row * block.per_row,
+                       block.per_input, block.per_row);
+        else
+          gather_columns(all, block.first + s, c, block.inputs + row * block.per_row, block.per_row);
+      }
+    });
+  }
+
   // The products of a block, panel by panel of the weights: all its rows at once, or with weights of each sample those
   // of a sample. A panel's experts are read from memory for the first sample of a block alone.
-  void multiply(const Strips& all, int64_t first, int64_t count, const float* inputs, int64_t per_input, int64_t depth,
-                float* sums, int64_t per_sum, int64_t columns) const {
-    const int64_t per_sample = alpha ? all.tile_rows * all.per_row : all.count, sample = first / per_sample;
-    const int64_t samples = (first + count - 1) / per_sample - sample + 1;
-    const int64_t wanted = form.m == 1 ? form.kernel * form.kernel * channels : channels;
-    const int64_t tiles = std::min(per_sample, all.count) * all.width;
-    const int64_t transformed = tiles < kFewTiles ? kTransformedForFew : kTransformedForMany;
-    const int64_t most =
-        form.m == 1 ? kPanelDepth : transformed / (form.frequencies() * kPanel * int64_t(sizeof(float)));
-    const int64_t at_once = ceil_div(wanted, ceil_div(wanted, most));
+  void multiply(const Strips& all, const Block& block) const {
+    const int64_t per_sample = block_limit(all), sample = block.first / per_sample;
+    const int64_t samples = (block.first + block.count - 1) / per_sample - sample + 1;
+    const int64_t panels = ceil_div(out_channels, kPanel), wanted = form.taps() * channels;
+    const int64_t at_once = round_up(ceil_div(wanted, ceil_div(wanted, most_at_once(all))), kDepthBlock);
     const int64_t per_frequency = spread(at_once * kPanel);
-    share_out(columns / kPanel * samples, 1, [&](int64_t begin, int64_t end) {
+    share_out(panels * samples, 1, [&](int64_t begin, int64_t end) {
       static thread_local AlignedFloats scratch;
       float* panel = scratch.at_least(form.frequencies() * per_frequency);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t p = task / samples, b = sample + task % samples;
-        const int64_t from = std::max(first, b * per_sample), until = std::min(first + count, (b + 1) * per_sample);
-        const int64_t row = (from - first) * all.width, rows = (until - from) * all.width;
+        const int64_t from = std::max(block.first, b * per_sample),
+                      until = std::min(block.first + block.count, (b + 1) * per_sample);
+        const int64_t row = (from - block.first) * all.width, rows = (until - from) * all.width;
         const Weights<T> of_task = weights_of(p, b);
         for (int64_t c = 0; c < wanted; c += at_once) {
-          const int64_t n = std::min(at_once, wanted - c);
-          if (form.m == 1)
-            kernels.pack_columns(of_task, of_panel(p), c, n, panel);
-          else
+          const int64_t n = std::min(at_once, wanted - c), next = c + n < wanted ? c + n : 0;
+          if (is_transformed())
             kernels.transform_weights(of_task, of_panel(p), c, n, panel, per_frequency);
+          else
+            kernels.pack_columns(of_task, of_panel(p), c, n, panel);
           Ahead ahead;
-          if (c + n < wanted)
-            ahead = rows_of(of_task, of_panel(p), c + n, std::min(at_once, wanted - c - n));
+          if (next > 0)
+            ahead = rows_of(of_task, of_panel(p), next, std::min(at_once, wanted - next));
           else if (task + 1 < end && samples == 1)
             ahead = rows_of(weights_of(p + 1, b), of_panel(p + 1), 0, std::min(at_once, wanted));
           for (int64_t f = 0; f < form.frequencies(); ++f) {
-            const float* from = inputs + f * per_input + row * depth + c;
-            ahead.matrix = f + 1 < form.frequencies() ? from + per_input : nullptr;
-            kernels.multiply(from, rows, n, depth, panel + f * per_frequency,
-                             sums + f * per_sum + row * columns + p * kPanel, columns, c > 0, ahead);
+            Matrix inputs = block.inputs_of(f);
+            inputs.data = inputs.at(row, c / kDepthBlock);
+            ahead.matrix = f + 1 < form.frequencies() ? inputs.data + block.per_input
+                                                      : block.inputs_of(0).at(row, next / kDepthBlock);
+            kernels.multiply(inputs, rows, n, panel + f * per_frequency, block.sums_of(p, f, row), kPanel, c > 0,
+                             ahead);
           }
         }
       }
     });
+  }
+
+  // How many channels' weights are used at once, or how much of a column's depth; whole blocks.
+  int64_t most_at_once(const Strips& all) const {
+    if (!is_transformed()) return kPanelDepth;
+    const int64_t bytes = block_limit(all) * all.width < kFewTiles ? kTransformedForFew : kTransformedForMany;
+    return bytes / (form.frequencies() * kPanel * int64_t(sizeof(float))) / kDepthBlock * kDepthBlock;
   }
 
   // What pack_columns() or transform_weights() will read of some weights; nothing of a mixture, which sees to it
@@ -314,12 +357,13 @@ struct Convolution {
                             round_up(std::min(kChunk, channels - c), kWidestVector), to, per_input, depth);
   }
 
-  // A tile of the result, where it is inside the map.
-  void write_tile(const Place& at, const float* sums, int64_t per_sum, const float* biases, int64_t columns) const {
+  // A panel's channels of a tile of the result, where it is inside the map.
+  void write_tile(const Place& at, const float* sums, int64_t per_sum, int64_t p, const float* biases,
+                  int64_t columns) const {
     if (at.column >= out_width) return;
-    if (form.m == 1) return write_pixels(at, 1, sums, columns, 0, out_channels, biases, columns);
-    kernels.transform_output(sums, per_sum, out_channels, bias_of(at, biases, columns), scale, out_height - at.row,
-                             out_width - at.column, destination(at, 0));
+    if (!is_transformed()) return write_pixels(at, 1, sums, kPanel, p * kPanel, of_panel(p), biases, columns);
+    kernels.transform_output(sums, per_sum, of_panel(p), bias_of(at, biases, columns) + p * kPanel, scale,
+                             out_height - at.row, out_width - at.column, destination(at, p * kPanel));
   }
 
   // Channels [k, k + wanted) of pixels side by side.

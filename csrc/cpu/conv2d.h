@@ -71,8 +71,8 @@ struct ConvolutionKernels {
   void (*gather)(const Channels<T>& from, Normalisation norm, Window window, float* to, int64_t to_pixel);
   void (*transform_input)(const float* pixels, int64_t row, int64_t pixel, int64_t tiles, int64_t channels, float* out,
                           int64_t per_frequency, int64_t per_tile);
-  void (*multiply)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                   int64_t out_row, bool add, Ahead& ahead);
+  void (*multiply)(Matrix a, int64_t rows, int64_t depth, const float* b, float* out, int64_t out_row, bool add,
+                   Ahead& ahead);
   void (*transform_output)(const float* sums, int64_t per_frequency, int64_t channels, const float* bias, float scale,
                            int64_t height, int64_t width, const Destination<T>& to);
   void (*write_pixels)(const float* sums, int64_t pixels, int64_t per_sum, int64_t channels, const float* bias,

@@ -2,13 +2,16 @@
 
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "isa.h"
@@ -41,12 +44,21 @@ void share_out(int64_t count, int64_t grain, const Work& work) {
   });
 }
 
-// Uninitialised floats on a cache line of their own, where full-width loads never straddle two.
+// Uninitialised floats on a cache line of their own, where full-width loads never straddle two. Large ones ask for huge
+// pages: products jump over more small ones than a core remembers the places of.
 class AlignedFloats {
  public:
   AlignedFloats() = default;
-  explicit AlignedFloats(int64_t n) : lines_(new Line[ceil_div(n * int64_t(sizeof(float)), sizeof(Line))]), size_(n) {}
-  float* data() { return lines_[0].values; }
+  explicit AlignedFloats(int64_t n) : size_(n) {
+    const int64_t bytes = n * int64_t(sizeof(float)), unit = bytes < kHugePage ? kLine : kHugePage;
+    const int64_t whole = round_up(std::max<int64_t>(bytes, 1), unit);
+    floats_.reset(static_cast<float*>(std::aligned_alloc(unit, whole)));
+    if (!floats_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (unit == kHugePage) madvise(floats_.get(), whole, MADV_HUGEPAGE);  // a hint: it may be refused
+#endif
+  }
+  float* data() { return floats_.get(); }
 
   // At least n floats, with whatever they hold. Memory that is kept from call to call: fresh pages cost as much as
   // the work that fills them.
@@ -61,15 +73,16 @@ class AlignedFloats {
   // Nothing, if it is more than n floats: one large call should not keep its memory for good.
   void release_above(int64_t n) {
     if (size_ <= n) return;
-    lines_.reset();
+    floats_.reset();
     size_ = 0;
   }
 
  private:
-  struct alignas(64) Line {
-    float values[16];
+  static constexpr int64_t kLine = 64, kHugePage = 2 * 1024 * 1024;
+  struct Free {
+    void operator()(float* floats) const { std::free(floats); }
   };
-  std::unique_ptr<Line[]> lines_;
+  std::unique_ptr<float, Free> floats_;
   int64_t size_ = 0;
 };
 

@@ -139,16 +139,11 @@ struct Linear {
     return std::max(kFewestTaskRows, ceil_div(rows, tasks));
   }
 
-  struct Inputs {
-    const float* data;
-    int64_t row;
-  };
-
   // The rows from `row` on: of x, or what prepare() has put at `wide`.
-  Inputs inputs(int64_t row, const float* wide) const {
+  Matrix inputs(int64_t row, const float* wide) const {
     if constexpr (std::is_same_v<T, float>)
-      if (!is_normed) return {x + row * x_row, x_row};
-    return {wide, depth};
+      if (!is_normed) return Matrix::of_rows(x + row * x_row, x_row);
+    return Matrix::of_rows(wide, depth);
   }
 
   // to[count, depth]: rows in float, normalised where there is a norm.
@@ -173,12 +168,12 @@ struct Linear {
 
   // sums: [parts, count, kPanel]; ahead(part): what is fetched meanwhile.
   template <typename Next>
-  void multiply(int64_t p, int64_t row, int64_t count, const Inputs& from, const float* panel, float* sums,
+  void multiply(int64_t p, int64_t row, int64_t count, const Matrix& from, const float* panel, float* sums,
                 const float* biases, const Next& ahead) const {
     for (int64_t part = 0; part < parts(); ++part) {
       Ahead next = ahead(part);
-      kernels.multiply(from.data, count, depth, from.row, panel + part * depth * kPanel, sums + part * count * kPanel,
-                       kPanel, false, next);
+      kernels.multiply(from, count, depth, panel + part * depth * kPanel, sums + part * count * kPanel, kPanel, false,
+                       next);
     }
     Rows<T> here = to;
     here.out += row * to.out_row + p * kPanel;

@@ -32,8 +32,8 @@ struct LinearKernels {
   void (*widen)(const T* x, int64_t depth, float* to);
   void (*normalise)(const T* x, int64_t depth, const RowNorm& norm, float* to);
   void (*pack_panel)(const T* rows, int64_t count, int64_t per_row, int64_t depth, float* to);
-  void (*multiply)(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                   int64_t out_row, bool add, Ahead& ahead);
+  void (*multiply)(Matrix a, int64_t rows, int64_t depth, const float* b, float* out, int64_t out_row, bool add,
+                   Ahead& ahead);
   void (*finish)(const float* sums, const float* bias, int64_t rows, int64_t features, const Rows<T>& to);
 };
 

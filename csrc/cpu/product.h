@@ -9,18 +9,30 @@ namespace fastsd {
 // Columns of weights that lie side by side: whole vectors of every instruction set.
 constexpr int64_t kPanel = 32;
 
+// So many elements of a row lie side by side, at least.
+constexpr int64_t kDepthBlock = 64;
+
 // So much of a panel's depth is multiplied with at a time: what stays in a core's own cache.
-constexpr int64_t kPanelDepth = 2560;
+constexpr int64_t kPanelDepth = 40 * kDepthBlock;
 
 // So much of it is summed up by itself: errors of rounding grow with the length of a sum.
-constexpr int64_t kSummedDepth = 384;
+constexpr int64_t kSummedDepth = 6 * kDepthBlock;
+
+// A matrix of rows that are multiplied: blocks of the depth, one behind the other within a row, or each with all rows.
+struct Matrix {
+  const float* data;
+  int64_t per_row, per_block;
+
+  static Matrix of_rows(const float* data, int64_t per_row) { return {data, per_row, kDepthBlock}; }
+  const float* at(int64_t row, int64_t block) const { return data + row * per_row + block * per_block; }
+};
 
 // What will be wanted next, brought from memory line by line while something else is multiplied.
 struct Ahead {
   const void* row = nullptr;                   // of weights
   int64_t rows = 0, bytes = 0, row_bytes = 0;  // left, wanted of each, from one to the next
   int64_t done = 0;                            // of this row
-  const float* matrix = nullptr;               // to be multiplied next, of the same strides
+  const float* matrix = nullptr;               // to be multiplied next, with strides as this one has
 
   void fetch_line() {
     if (rows == 0) return;

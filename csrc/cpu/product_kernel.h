@@ -2,40 +2,45 @@
 
 // sum[R] += the k-th column of a times the k-th row of two vectors of b.
 template <int R>
-static inline __attribute__((always_inline)) void multiply_column(const float* a, int64_t a_row, const float* b,
+static inline __attribute__((always_inline)) void multiply_column(const float* a, int64_t per_row, const float* b,
                                                                   int64_t k, Vector (&sum)[R][2]) {
   Vector left, right;
   read(b + k * kPanel, left);
   read(b + k * kPanel + kLanes, right);
   for (int r = 0; r < R; ++r) {
-    const float value = a[r * a_row + k];
+    const float value = a[r * per_row + k];
     sum[r][0] += value * left;
     sum[r][1] += value * right;
   }
 }
 
 // out[R, kPanel] = a[R, depth] b[depth, kPanel], or += it; the sums of two vectors' columns stay in registers, those of
-// each part of the depth by themselves. `next`: the rows of the next step, which are fetched meanwhile.
+// each part of the depth by themselves. The next block of the rows is fetched meanwhile, and behind the last `next`.
 template <int R>
-static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const float* b, float* out, int64_t out_row,
-                          bool add, const float* next, Ahead& ahead) {
+static void multiply_rows(Matrix a, int64_t depth, const float* b, float* out, int64_t out_row, bool add,
+                          const float* next, Ahead& ahead) {
   constexpr int64_t line = 64 / sizeof(float);
+  const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
   const int64_t parts = (depth + kSummedDepth - 1) / kSummedDepth;
   for (int s = 0; s < kPanel; s += 2 * kLanes)
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t last = (part + 1) * depth / parts;
-      int64_t k = part * depth / parts;
       Vector sum[R][2] = {};
-      for (; k + line <= last; k += line) {
-        if (s == 0)
-          for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * a_row + k, 0, 2);
-        for (int64_t i = k; i < k + line; i += 2) {
-          multiply_column<R>(a, a_row, b + s, i, sum);
-          multiply_column<R>(a, a_row, b + s, i + 1, sum);
-          ahead.fetch_line();
+      for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
+        const float *rows = a.at(0, block), *following = block + 1 < blocks ? a.at(0, block + 1) : next;
+        const float* columns = b + block * kDepthBlock * kPanel + s;
+        const int64_t left = depth - block * kDepthBlock, last = left < kDepthBlock ? left : kDepthBlock;
+        int64_t k = 0;
+        for (; k + line <= last; k += line) {
+          if (s == 0)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(following + r * a.per_row + k);
+          for (int64_t i = k; i < k + line; i += 2) {
+            multiply_column<R>(rows, a.per_row, columns, i, sum);
+            multiply_column<R>(rows, a.per_row, columns, i + 1, sum);
+            ahead.fetch_line();
+          }
         }
+        for (; k < last; ++k) multiply_column<R>(rows, a.per_row, columns, k, sum);
       }
-      for (; k < last; ++k) multiply_column<R>(a, a_row, b + s, k, sum);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < 2; ++v) {
           float* to = out + r * out_row + s + v * kLanes;
@@ -48,19 +53,19 @@ static void multiply_rows(const float* a, int64_t depth, int64_t a_row, const fl
 
 // As many rows at a time as the registers hold; the rows are spread evenly, so that none is left for a slow last step.
 // `after`: what will be multiplied next.
-static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                           int64_t out_row, bool add, const float* after, Ahead& ahead) {
+static void multiply_block(Matrix a, int64_t rows, int64_t depth, const float* b, float* out, int64_t out_row, bool add,
+                           const float* after, Ahead& ahead) {
   constexpr int most = FASTSD_VECTORS == 32 ? 12 : 6;
   const int64_t steps = (rows + most - 1) / most;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = step * rows / steps, n = (step + 1) * rows / steps - first;
-    const float* from = a + first * a_row;
-    const float* next = step + 1 < steps ? from + n * a_row : after;
+    const Matrix from{a.at(first, 0), a.per_row, a.per_block};
+    const float* next = step + 1 < steps ? a.at(first + n, 0) : after;
     float* to = out + first * out_row;
     switch (n) {
-#define FASTSD_ROWS(R)                                                      \
-  case R:                                                                   \
-    multiply_rows<R>(from, depth, a_row, b, to, out_row, add, next, ahead); \
+#define FASTSD_ROWS(R)                                               \
+  case R:                                                            \
+    multiply_rows<R>(from, depth, b, to, out_row, add, next, ahead); \
     break;
       FASTSD_ROWS(1)
       FASTSD_ROWS(2)
@@ -83,13 +88,15 @@ static void multiply_block(const float* a, int64_t rows, int64_t depth, int64_t 
 
 // out[rows, kPanel] = a[rows, depth] b[depth, kPanel], or += it, so much of the depth at a time that b's part stays in
 // the cache.
-static void multiply(const float* a, int64_t rows, int64_t depth, int64_t a_row, const float* b, float* out,
-                     int64_t out_row, bool add, Ahead& ahead) {
-  const int64_t steps = (depth + kPanelDepth - 1) / kPanelDepth;
+static void multiply(Matrix a, int64_t rows, int64_t depth, const float* b, float* out, int64_t out_row, bool add,
+                     Ahead& ahead) {
+  const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock, steps = (depth + kPanelDepth - 1) / kPanelDepth;
   for (int64_t step = 0; step < steps; ++step) {
-    const int64_t first = step * depth / steps, n = (step + 1) * depth / steps - first;
-    const float* after = step + 1 < steps ? a + first + n : ahead.matrix ? ahead.matrix : a;
-    multiply_block(a + first, rows, n, a_row, b + first * kPanel, out, out_row, add || step > 0, after, ahead);
+    const int64_t first = step * blocks / steps, end = (step + 1) * blocks / steps;
+    const int64_t n = step + 1 < steps ? (end - first) * kDepthBlock : depth - first * kDepthBlock;
+    const Matrix part{a.at(0, first), a.per_row, a.per_block};
+    const float* after = step + 1 < steps ? a.at(0, end) : ahead.matrix ? ahead.matrix : a.data;
+    multiply_block(part, rows, n, b + first * kDepthBlock * kPanel, out, out_row, add || step > 0, after, ahead);
   }
 }
 

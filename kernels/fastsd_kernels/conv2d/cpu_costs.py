@@ -18,7 +18,7 @@ REORDER = {1: 40, 3: 130}  # of weights that oneDNN reorders at each call, by th
 PASS = 10  # of a map that is read or written by a pass of its own
 PREPARE = {1: 18, 2: 21, 4: 28}  # of weights that are read and packed or transformed, by the tile; once for each block
 FEWEST_OPERATIONS = 2.0**26  # from which on the time that F(4x4) saves is worth its rounding errors
-BLOCK_BYTES = 12 * 2**20  # of the matrices of input and output that csrc/cpu/conv2d.cpp has at once
+BLOCK_BYTES = 24 * 2**20  # of the matrices of input and output that csrc/cpu/conv2d.cpp has at once
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Whether this library runs linear layers faster than torch on this processor, with what stands around them.
 
-MKL multiplies a little faster on its maker's processors and half as fast on others. Measured once in a process, when a model is patched, since no list of processors would be complete.
+MKL multiplies a little faster on its maker's processors and half as fast on others. Measured once in a process, when a
+model is patched, since no list of processors would be complete.
 """
 
 import threading
