@@ -87,6 +87,12 @@ class Watch(TorchDispatchMode):
         self._device_type = device_type
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and isinstance(function, torch._ops.OpOverload):
+            # there operations arrive that are made of others, as they are nowhere else
+            with self:
+                result = function.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         result = function(*args, **(kwargs or {}))
         if self.found is None:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]

@@ -165,8 +165,8 @@ class Frozen:
         if isinstance(found, types.BuiltinFunctionType):
             return [(f"{path}.__self__", found.__self__)]
         if isinstance(found, types.FunctionType):
-            self._refuse(_why_unknown(path, found))
-            return []
+            self._refuse(why_unknown(path, found))
+            return self._add(path, [cell.cell_contents for cell in found.__closure__ or () if cell != types.CellType()])
         if isinstance(found, functools.partial):
             return self._add(path, (found.func, found.args, found.keywords))
         inside: list[tuple[str, Any]] = []
@@ -222,8 +222,9 @@ class Frozen:
             path = f"the class {each.__qualname__}"
             self._refuse(None if _is_known(each.__module__) else f"{path} is {_of_its_own(each.__module__)}")
             for inside, value in self._add_dict(path, vars(each)):
-                for function in _functions_of(value):
-                    self._refuse(_why_unknown(inside, function))
+                self._refuse(why_unknown(inside, value))
+                if not _is_known(type(value).__module__):
+                    self._refuse(f"{inside} is {_of_its_own(type(value).__module__)}")
                 if isinstance(value, (*_CONTAINERS, Tensor)) and not inside.rpartition(".")[2].startswith("__"):
                     yield inside, value
 
@@ -257,9 +258,10 @@ def _of_its_own(module: str | None) -> str:
     return f"code of {module}, of which nobody can tell what it reads"
 
 
-def _why_unknown(path: str, function: types.FunctionType) -> str | None:
-    module = function.__globals__.get("__name__")
-    return None if _is_known(module) else f"{path} is {_of_its_own(module)}"
+def why_unknown(path: str, value: Any) -> str | None:
+    """Why a call of ``value``, or of what an attribute of a class has it call, may read anything; or ``None``."""
+    modules = [function.__globals__.get("__name__") for function in _functions_of(value)]
+    return next((f"{path} is {_of_its_own(module)}" for module in modules if not _is_known(module)), None)
 
 
 def _functions_of(value: Any) -> Iterator[types.FunctionType]:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastsd.nn.capture import Card, Watch, without_autocast_cache
-from fastsd.nn.frozen import GRAPHS, PLAIN_VALUES, Frozen
+from fastsd.nn.frozen import GRAPHS, PLAIN_VALUES, Frozen, why_unknown
 from fastsd.nn.plain import PLAIN, why_stock_everywhere
 
 MOST = 8  # graphs of one model, where nobody says how many
@@ -56,12 +56,13 @@ class _NotServed(Exception):
 
 
 class _TooEarly(_NotServed):
-    """One of the first calls of a shape; ``is_last`` of those."""
+    """One of the first calls of a shape, with the arguments that a graph would get; ``is_last`` of those."""
 
-    def __init__(self, reason: str, key: Any, is_last: bool) -> None:
+    def __init__(self, reason: str, key: Any, is_last: bool, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         super().__init__(reason)
         self.key = key
         self.is_last = is_last
+        self.arguments = arguments
 
 
 class Graphs:
@@ -131,10 +132,13 @@ class Graphs:
             return type(root).forward(root, *args, **kwargs)
         # what a capture would fail at is looked for beforehand: a failed one does harm to the process
         with Watch(Card.device_type) if early.is_last else nullcontext() as watch:
-            output = type(root).forward(root, *args, **kwargs)
+            positional, named = early.arguments
+            output = type(root).forward(root, *positional, **named)
         with self._lock:
             self._calls[early.key] += 1
             if watch is not None and watch.found is not None:
+                if len(self._unfit) >= _SHAPES:
+                    self._unfit.clear()
                 self._unfit[early.key[1]] = watch.found
         return output
 
@@ -154,7 +158,7 @@ class Graphs:
         _refuse(self._unfit.get(key))
         graph = self._held.get(key)
         if graph is None:
-            self._wait_for(key)
+            self._wait_for(key, tree_unflatten(leaves, spec))
             if len(self._held) >= self.most:
                 # one alone cannot go: the others may have memory of torch's libraries in common with it
                 self.drop()
@@ -166,7 +170,7 @@ class Graphs:
                 graph = self._held[key] = self._record(root, leaves, spec)
             return graph(inputs)
 
-    def _wait_for(self, shape: Any) -> None:
+    def _wait_for(self, shape: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         """Turn away a call that comes too early for a graph. Torch's libraries get ready for each thread by itself."""
         key = _this_thread(), shape
         if len(self._calls) >= _SHAPES:
@@ -175,7 +179,7 @@ class Graphs:
             since = "" if self._changed is None else f" since {self._changed} has changed"
             number = f"call {self._calls[key] + 1} with inputs of its shapes{since}"
             reason = f"it was {number}, and call {EAGER_CALLS + 1} is recorded"
-            raise _TooEarly(reason, key, self._calls[key] == EAGER_CALLS - 1)
+            raise _TooEarly(reason, key, self._calls[key] == EAGER_CALLS - 1, arguments)
 
     def _look_at(self, root: nn.Module) -> Frozen:
         """The model as it is, without the graphs of one that it is no longer."""
@@ -262,8 +266,12 @@ def graphs_of(root: nn.Module) -> Graphs | None:
 
 
 def takes_timestep(root: nn.Module) -> bool:
-    """Whether graphs serve such a model, a U-Net or ControlNet: pipelines call its forward, once for each timestep."""
-    return "timestep" in _parameters(type(root).forward)
+    """Whether graphs serve such a model, a U-Net or ControlNet: pipelines call its forward, once for each timestep.
+
+    Not diffusers' transformers: they read which attention to call from a registry of the process.
+    """
+    parameters = _parameters(type(root).forward)
+    return "timestep" in parameters and ("sample" in parameters or not _is_of_diffusers(root))
 
 
 def has_forward_of_another(root: nn.Module) -> bool:
@@ -385,6 +393,9 @@ def _why_not_now() -> str | None:
     modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
     if modes or _get_current_dispatch_mode() is not None:
         return "a mode that sees every operation of torch was active"
+    for name, function in _functional().items():
+        if (reason := why_unknown(f"torch.nn.functional.{name}", function)) is not None:
+            return reason
     return why_stock_everywhere()
 
 
@@ -401,6 +412,21 @@ def _key(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype
     return type(leaf), repr(leaf)
+
+
+def _functional() -> dict[str, Any]:
+    """What diffusers calls by way of a module, where some put functions of their own."""
+    names = (
+        "scaled_dot_product_attention",
+        "linear",
+        "conv2d",
+        "group_norm",
+        "layer_norm",
+        "silu",
+        "gelu",
+        "interpolate",
+    )
+    return {name: getattr(torch.nn.functional, name) for name in names}
 
 
 def _settings_of_torch(device_type: str) -> tuple[Any, ...]:
@@ -426,6 +452,7 @@ def _settings_of_torch(device_type: str) -> tuple[Any, ...]:
         cuda.fp16_bf16_reduction_math_sdp_allowed(),
         tuple(torch._C._get_sdp_priority_order()),
         os.environ.get("FASTSD_BACKEND"),
+        *_functional().values(),
     )
 
 
@@ -437,7 +464,7 @@ def _with_timestep_on(
     Schedulers give it as a number or a tensor on the CPU too, and a number would take one graph for each value. Only of
     diffusers' own forwards it is known that a tensor of one element is the same to them.
     """
-    if not type(root).forward.__module__.startswith("diffusers."):
+    if not _is_of_diffusers(root):
         return args, kwargs
     position = _parameters(type(root).forward).index("timestep") - 1
     timestep = kwargs["timestep"] if "timestep" in kwargs else args[position] if position < len(args) else None
@@ -450,6 +477,10 @@ def _with_timestep_on(
     if "timestep" in kwargs:
         return args, kwargs | {"timestep": timestep}
     return (*args[:position], timestep, *args[position + 1 :]) if position < len(args) else args, kwargs
+
+
+def _is_of_diffusers(root: nn.Module) -> bool:
+    return type(root).forward.__module__.startswith("diffusers.")
 
 
 @functools.lru_cache(maxsize=64)

@@ -154,6 +154,49 @@ class TestFirstCalls:
         assert events(tape) == []
         assert ("waits for numbers of the card" if reason == "dynamic" else reason) in state(model).reason
 
+    @pytest.mark.parametrize(
+        ("forward", "operation"),
+        [
+            (lambda self, x, timestep: x + 1 if x.sum() > 0 else x, "_local_scalar_dense"),
+            (lambda self, x, timestep: x * len(torch.where(x > 0)[0]), "nonzero"),
+            (lambda self, x, timestep: x + torch.ones(2, device="cpu").to(x.device), "copies between cpu and"),
+        ],
+        ids=["bool", "where", "copy"],
+    )
+    def test_what_no_graph_can_hold_in_inference_mode(self, tape, forward, operation, monkeypatch):
+        """There operations reach a mode before they are taken apart."""
+        if "copies" in operation:
+            self.use_meta(tape, monkeypatch)
+        device = tape.device_type
+        model = type("Net", (nn.Module,), {"forward": forward})()
+        model.block = build().mid_block.resnets[0]
+        fastsd.patch(model, cuda_graphs=True)
+        model.to(device)
+        with torch.inference_mode():
+            for _ in range(4):
+                model(torch.ones(2, device=device), 1)
+        assert events(tape) == []
+        assert operation in state(model).reason
+
+    @pytest.mark.parametrize("timestep", [1, torch.tensor(1)], ids=["integer", "cpu"])
+    @pytest.mark.parametrize("name", ["unet", "controlnet"])
+    @torch.no_grad()
+    def test_timestep_elsewhere(self, tape, name, timestep, monkeypatch):
+        """It is on the card before a forward that would copy it is watched."""
+        self.use_meta(tape, monkeypatch)
+        model = graphed(name).to("meta")
+        inputs = example_inputs(model, 2, 16, tokens=7) | {"timestep": timestep}
+        for _ in range(3):
+            model(**inputs)
+        assert events(tape) == ["capture", "replay"]
+
+    @torch.no_grad()
+    def test_integer_timesteps(self, tape):
+        model, eager = graphed(), fastsd.patch(build())
+        for timestep in (1, 2, 3, 4):
+            assert torch.equal(call(model, timestep=timestep), call(eager, timestep=timestep))
+        assert events(tape) == ["capture", "replay", "replay"]
+
     @staticmethod
     def use_meta(tape, monkeypatch):
         """A card without numbers, and of no autocast."""
@@ -595,3 +638,18 @@ class TestRefusals:
         with pytest.warns(UserWarning, match=reason):
             model(torch.zeros(2), 1)
         assert reason in state(model).reason
+
+
+@pytest.mark.parametrize(
+    ("cls", "is_served"),
+    [
+        (diffusers.UNet2DConditionModel, True),
+        (diffusers.UNetSpatioTemporalConditionModel, True),
+        (diffusers.ControlNetModel, True),
+        (diffusers.FluxTransformer2DModel, False),
+        (diffusers.AutoencoderKL, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_served_classes(cls, is_served):
+    assert graphs_module.takes_timestep(cls.__new__(cls)) == is_served

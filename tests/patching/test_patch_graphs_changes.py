@@ -231,6 +231,10 @@ def _times(factors, x):
     return x * factors[0]
 
 
+def _factor_of(x):
+    return x
+
+
 def _scale_of_a_class():
     class Held:
         scale = 1.0
@@ -369,12 +373,14 @@ class TestUnknown:
             (_Factor().of, "is code of test_patch_graphs_changes"),
             (partial(_times, [1.0]), "is code of test_patch_graphs_changes"),
             (_Factor, "the class _Factor is code of test_patch_graphs_changes"),
+            (torch.no_grad()(_factor_of), "processor.own is code of test_patch_graphs_changes"),
+            (torch.compile(_factor_of, backend="eager"), "is code of test_patch_graphs_changes"),
             (_Slotted(), "processor.own is a _Slotted, in which no change would be seen"),
             (numpy.ones(2), "processor.own is a ndarray, in which no change would be seen"),
             (random.Random(0), "processor.own is a Random, in which no change would be seen"),
             (iter([1]), "processor.own is a list_iterator, in which no change would be seen"),
         ],
-        ids=["function", "method", "partial", "class", "slots", "array", "random", "iterator"],
+        ids=["function", "method", "partial", "class", "decorated", "compiled", "slots", "array", "random", "iterator"],
     )
     @torch.no_grad()
     def test_attribute(self, tape, value, reason):
@@ -403,17 +409,31 @@ class TestUnknown:
             lambda function: torch.no_grad()(_wrapped(function)),
             lambda function: staticmethod(_times),
             lambda function: property(lambda processor: None),
+            lambda function: _Factor(),
         ],
-        ids=["function", "wrapped", "decorated", "static", "property"],
+        ids=["function", "wrapped", "decorated", "static", "property", "object"],
     )
     @torch.no_grad()
     def test_in_a_class_of_diffusers(self, tape, made, monkeypatch):
         model = graphed()
         _processed(model, AttnProcessor())
         value = made(AttnProcessor.__call__)
-        name = "own" if isinstance(value, staticmethod | property) else "__call__"
+        name = "own" if isinstance(value, staticmethod | property | _Factor) else "__call__"
         monkeypatch.setattr(AttnProcessor, name, value, raising=False)
         self.check(tape, model, f"the class AttnProcessor.{name} is code of test_patch_graphs_changes")
+
+    @torch.no_grad()
+    def test_in_a_module_of_torch(self, tape, monkeypatch):
+        model = graphed()
+        call(model)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(
+            torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: 2 * attend(*args, **kwargs)
+        )
+        call(model)
+        assert "torch.nn.functional.scaled_dot_product_attention is code of test_patch_graphs_ch" in state(model).reason
+        monkeypatch.undo()
+        assert events(tape) == ["capture", "replay"]
 
     @torch.no_grad()
     def test_object_that_breaks_a_look(self, tape):
