@@ -131,7 +131,7 @@ struct Linear {
     kept.release_above(2 * kPackedBytes / int64_t(sizeof(float)));
   }
 
-  // As many tasks for each thread, of about as many rows, of whole steps or a little less.
+  // About as many tasks for each thread, of about as many rows.
   int64_t task_rows() const {
     const int64_t cached = kTaskBytes / (depth * int64_t(sizeof(float)));
     const int64_t most = std::clamp(cached, kFewestTaskRows, kMostTaskRows), threads = torch::stable::get_num_threads();

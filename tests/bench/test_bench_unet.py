@@ -95,7 +95,8 @@ def test_in_place_is_the_same_provider():
     inputs = models.example_inputs(model, latent=8)
     for name in ("eager", "channels_last", "fastsd-channels_last"):
         expected = models.flat_output(prepare(name, model, inputs)())
-        assert harness.relative_l2(models.flat_output(prepare_in_place(name, own, inputs)()), expected) < 1e-6, name
+        # rounding of stock's operations: an Intel Xeon has shown 1.01e-6, and 0.9e-6 between stock's two layouts
+        assert harness.relative_l2(models.flat_output(prepare_in_place(name, own, inputs)()), expected) < 4e-6, name
     layouts = {p.is_contiguous(memory_format=torch.channels_last) for p in own.parameters() if p.dim() == 4}
     assert layouts == {True}
     assert [type(module) for module in own.modules()] != [type(module) for module in model.modules()]
