@@ -5,10 +5,10 @@
 // A block of tiles goes through three steps, each spread over the threads: the input is transformed into one matrix
 // [tiles, channels] per frequency, each is multiplied with its weights, and the products are transformed back. A block
 // is as large as the caches take, so that the weights are read as seldom, and the matrices as fast, as can be. Weights
-// are read as they are and transformed where they are used, so many channels of a panel at a time as stay in a core's
-// own cache: that takes no longer than to read transformed copies from memory, which are up to four times as large.
-// Columns of a map that is large enough are cut into tasks instead, each with all steps, in a thread's own cache.
-// How the work is cut depends on the shape alone, and no sum is shared between threads: any number gives the same bits.
+// are read as they are and transformed where they are used, some channels of a panel at a time: that takes no longer
+// than to read transformed copies from memory, which are up to four times as large. Columns of a map that is large
+// enough are cut into tasks instead, each with all steps, in a thread's own cache. How the work is cut depends on the
+// shape alone, and no sum is shared between threads: any number gives the same bits.
 
 #include "conv2d.h"
 
@@ -33,11 +33,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockBytes = 24 * 1024 * 1024;             // of a block's matrices: what stays in a last-level cache
-constexpr int64_t kChunk = kDepthBlock;                       // channels that are gathered at once
-constexpr int64_t kMostPixels = 64;                           // of one row that are computed at once
-constexpr int64_t kWidestVector = 16;                         // floats
-constexpr int64_t kTaskBytes = 768 * 1024;                    // of a task's columns: what stays in a core's own cache
+constexpr int64_t kBlockBytes = 24 * 1024 * 1024;  // of a block's matrices: more blocks read the weights more often
+constexpr int64_t kChunk = kDepthBlock;            // channels that are gathered at once
+constexpr int64_t kMostPixels = 64;                // of one row that are computed at once
+constexpr int64_t kWidestVector = 16;              // floats
+constexpr int64_t kTaskBytes = 768 * 1024;         // of a task's columns: what stays in a core's own cache
 constexpr int64_t kMostTaskRows = 128, kFewestTaskRows = 64;  // of the product: what pays for reading the weights anew
 constexpr int64_t kMostTaskWeights = 8 * 1024 * 1024;         // bytes, which a cache that all cores share can hold
 constexpr int64_t kFewestTasks = 4;

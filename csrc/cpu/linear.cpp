@@ -30,8 +30,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kFewRows = 512;
-constexpr int64_t kTaskBytes = 768 * 1024;  // of a task's rows: what stays in a core's own cache
-constexpr int64_t kMostTaskRows = 132;
+constexpr int64_t kTaskBytes = 768 * 1024;          // of a task's rows: what stays in a core's own cache
+constexpr int64_t kMostTaskRows = 132;              // whole steps of AVX-512
 constexpr int64_t kFewestTaskRows = 48;             // enough to fetch the next panel while they are multiplied
 constexpr int64_t kPackedBytes = 12 * 1024 * 1024;  // of weights that are packed at once
 constexpr int64_t kTasksPerThread = 4;

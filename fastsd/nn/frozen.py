@@ -166,6 +166,7 @@ class Frozen:
             return [(f"{path}.__self__", found.__self__)]
         if isinstance(found, types.FunctionType):
             self._refuse(why_unknown(path, found))
+            # what it was defined around; another value in a cell is not seen
             return self._add(path, [cell.cell_contents for cell in found.__closure__ or () if cell != types.CellType()])
         if isinstance(found, functools.partial):
             return self._add(path, (found.func, found.args, found.keywords))
