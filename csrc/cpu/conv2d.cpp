@@ -297,9 +297,9 @@ struct Convolution {
   Ahead rows_of(const Weights<T>& from, int64_t count, int64_t first, int64_t wanted) const {
     if (from.alpha) return {};
     constexpr int64_t size = sizeof(T);
-    if (form.m == 1) return {from.rows + first, count, wanted * size, from.per_row * size};
-    if (taps_last) return {from.rows + first * from.taps, count, wanted * from.taps * size, from.per_row * size};
-    return {from.rows + first, count * from.taps, wanted * size, channels * size};
+    if (form.m == 1) return {{{from.rows + first, count, wanted * size, from.per_row * size}}};
+    if (taps_last) return {{{from.rows + first * from.taps, count, wanted * from.taps * size, from.per_row * size}}};
+    return {{{from.rows + first, count * from.taps, wanted * size, channels * size}}};
   }
 
   // Those of a panel, for a sample.

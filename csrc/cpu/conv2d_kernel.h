@@ -203,13 +203,22 @@ static inline void finish(const float* __restrict sum, const float* __restrict b
     for (int64_t c = 0; c < n; ++c) store(out + c, (sum[c] + bias[c]) * scale);
 }
 
+// What is added to a result soon, and its own line, which has to be read before a part of it is written.
+template <typename T>
+static inline __attribute__((always_inline)) void fetch(const Destination<T>& to, int64_t at) {
+  __builtin_prefetch(to.out + at);
+  if (to.residual) __builtin_prefetch(to.residual + at);
+}
+
 // Pixels that lie side by side: (sums + bias + residual) * scale.
 template <typename T>
 static void write_pixels(const float* sums, int64_t pixels, int64_t per_sum, int64_t channels, const float* bias,
                          float scale, const Destination<T>& to) {
+  constexpr int64_t ahead = 8;
   for (int64_t pixel = 0; pixel < pixels; ++pixel)
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = channels - c < kLanes ? channels - c : kLanes, at = pixel * to.per_pixel + c;
+      fetch(to, at + ahead * to.per_pixel);
       const float* sum = sums + pixel * per_sum + c;
       const T* residual = to.residual ? to.residual + at : nullptr;
       if (n == kLanes)
@@ -225,6 +234,9 @@ static void transform_output(const float* sums, int64_t per_frequency, int64_t c
                              int64_t height, int64_t width, const Destination<T>& to) {
   constexpr int N = kSide<M>;
   for (int64_t c = 0; c < channels; c += kLanes) {
+    // the next tile's
+    for (int i = 0; i < M; ++i)
+      for (int j = M; j < 2 * M; ++j) fetch(to, i * to.per_row + j * to.per_pixel + c);
     Vector half[M][N];
     for (int j = 0; j < N; ++j) {
       Vector x[N], y[M];

@@ -88,9 +88,9 @@ struct Linear {
       for (int64_t p = begin; p < end; ++p) {
         pack(p, panel);
         multiply(p, 0, rows, inputs(0, wide), panel, panel + panel_floats(), biases, [&](int64_t part) {
-          if (p + 1 == end) return Ahead{};
+          if (p + 1 == end) return Lines{};
           const int64_t row_bytes = weight_row * int64_t(sizeof(T));
-          return Ahead{weight_rows(p + 1, part), of_panel(p + 1), depth * int64_t(sizeof(T)), row_bytes};
+          return Lines{weight_rows(p + 1, part), of_panel(p + 1), depth * int64_t(sizeof(T)), row_bytes};
         });
       }
       scratch.release_above(kPackedBytes / int64_t(sizeof(float)));
@@ -122,7 +122,7 @@ struct Linear {
             multiply(p, row, count, inputs(row, wide), packed + (p - first) * panel_floats(), sums, biases,
                      [&](int64_t part) {
                        const float* next = packed + (p + 1 == last ? 0 : p + 1 - first) * panel_floats();
-                       return Ahead{next + part * depth * kPanel, 1, depth * kPanel * int64_t(sizeof(float))};
+                       return Lines{next + part * depth * kPanel, 1, depth * kPanel * int64_t(sizeof(float)), 0};
                      });
         }
         scratch.release_above(kPackedBytes / int64_t(sizeof(float)));
@@ -170,14 +170,20 @@ struct Linear {
   template <typename Next>
   void multiply(int64_t p, int64_t row, int64_t count, const Matrix& from, const float* panel, float* sums,
                 const float* biases, const Next& ahead) const {
-    for (int64_t part = 0; part < parts(); ++part) {
-      Ahead next = ahead(part);
-      kernels.multiply(from, count, depth, panel + part * depth * kPanel, sums + part * count * kPanel, kPanel, false,
-                       next);
-    }
     Rows<T> here = to;
     here.out += row * to.out_row + p * kPanel;
     if (to.residual) here.residual += row * to.residual_row + p * kPanel;
+    constexpr int64_t size = sizeof(T);
+    for (int64_t part = 0; part < parts(); ++part) {
+      Ahead next;
+      if (part == 0) {
+        next.lines[0] = {here.out, count, of_panel(p) * size, to.out_row * size};
+        if (to.residual) next.lines[1] = {here.residual, count, of_panel(p) * size, to.residual_row * size};
+      }
+      next.lines[2] = ahead(part);
+      kernels.multiply(from, count, depth, panel + part * depth * kPanel, sums + part * count * kPanel, kPanel, false,
+                       next);
+    }
     kernels.finish(sums, biases + p * parts() * kPanel, count, of_panel(p), here);
   }
 

@@ -27,22 +27,32 @@ struct Matrix {
   const float* at(int64_t row, int64_t block) const { return data + row * per_row + block * per_block; }
 };
 
+// Some rows of memory, so many bytes of each.
+struct Lines {
+  const void* row;
+  int64_t rows, bytes, row_bytes;  // left, wanted of each, from one to the next
+};
+
 // What will be wanted next, brought from memory line by line while something else is multiplied.
 struct Ahead {
-  const void* row = nullptr;                   // of weights
-  int64_t rows = 0, bytes = 0, row_bytes = 0;  // left, wanted of each, from one to the next
-  int64_t done = 0;                            // of this row
-  const float* matrix = nullptr;               // to be multiplied next, with strides as this one has
+  Lines lines[3] = {};            // one after the other
+  const float* matrix = nullptr;  // to be multiplied next, with strides as this one has
+  int64_t done = 0;               // bytes of this row
+  int now = 0;
 
   void fetch_line() {
-    if (rows == 0) return;
-    const char* line = static_cast<const char*>(row) + done;
+    Lines& of = lines[now];
+    if (of.rows == 0) {
+      now += now < 2;
+      return;
+    }
+    const char* line = static_cast<const char*>(of.row) + done;
     __builtin_prefetch(line, 0, 2);
     done += 64;
-    if (done < bytes) return;
-    row = static_cast<const char*>(row) + row_bytes;
+    if (done < of.bytes) return;
+    of.row = static_cast<const char*>(of.row) + of.row_bytes;
     done = 0;
-    --rows;
+    --of.rows;
   }
 };
 

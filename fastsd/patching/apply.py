@@ -10,6 +10,7 @@ from fastsd.nn.replacement import settings_of
 from fastsd.patching.plan import Change, GraphsChange, Plan, plan_patch, plan_unpatch
 from fastsd.patching.rule import Rule
 from fastsd.patching.survey import parts_of
+from fastsd_kernels import cpu_memory
 
 Model = TypeVar("Model")
 
@@ -87,6 +88,7 @@ def unpatch(model: Model) -> Model:
         PatchError: something else has changed the class of a replaced module since.
     """
     make(plan_unpatch(model).changes)
+    cpu_memory.release()
     return model
 
 

@@ -1,5 +1,8 @@
 """Tokens in heads, ``[B, heads, N, d]``: where they lie."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
@@ -8,12 +11,9 @@ def is_token_major(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) < x.stride(2)
 
 
-def empty_heads(q: Tensor) -> Tensor:
-    """The uninitialised result ``[B, heads, N, d]``, dense, with the heads where ``q`` has them."""
-    batch, heads, tokens, width = q.shape
-    if is_token_major(q):
-        return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-    return q.new_empty(q.shape)
+def empty_heads(q: Tensor, empty: Callable[..., Tensor] = torch.empty_permuted) -> Tensor:
+    """The uninitialised result ``[B, heads, N, d]``, dense, with the heads where ``q`` has them, made by ``empty``."""
+    return empty(q.shape, (0, 2, 1, 3) if is_token_major(q) else (0, 1, 2, 3), dtype=q.dtype, device=q.device)
 
 
 def laid_out_as(q: Tensor, result: Tensor) -> Tensor:

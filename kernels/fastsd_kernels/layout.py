@@ -1,6 +1,6 @@
 """Layouts and sizes of feature maps ``[B, C, *spatial]``: channels first or channels last."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,14 +32,17 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous()
 
 
-def empty_map(like: Tensor, channels: int, channels_last: bool, size: Sequence[int] | None = None) -> Tensor:
-    """An uninitialised map with ``like``'s batch, dtype and device; its size too, unless ``size`` gives another."""
+def empty_map(
+    like: Tensor,
+    channels: int,
+    channels_last: bool,
+    size: Sequence[int] | None = None,
+    empty: Callable[..., Tensor] = torch.empty_permuted,
+) -> Tensor:
+    """An uninitialised map with ``like``'s batch, dtype and device, made by ``empty``; its size too, or ``size``."""
     shape = (like.shape[0], channels, *(like.shape[2:] if size is None else size))
-    if channels_last and len(shape) == 4:
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    if channels_last:
-        return like.new_empty((shape[0], *shape[2:], channels)).movedim(-1, 1)
-    return like.new_empty(shape)
+    space = range(2, len(shape))
+    return empty(shape, (0, *space, 1) if channels_last else (0, 1, *space), dtype=like.dtype, device=like.device)
 
 
 def output_size(size: Sequence[int], kernel: int, stride: int, padding: Sequence[int]) -> tuple[int, int]:

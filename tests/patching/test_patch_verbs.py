@@ -13,7 +13,7 @@ from torch import nn
 import fastsd
 from fastsd.models import load
 from fastsd.nn.replacement import settings_of
-from fastsd_kernels import dispatch
+from fastsd_kernels import cpu_memory, dispatch
 from tests.patching.models import Pipeline, assert_as_stock, assert_untouched, blocks, build, call, fast, fingerprint
 
 
@@ -263,3 +263,11 @@ def test_row_13_named_models():
     for name, count in expected.items():
         model = fastsd.patch(load(name, device="meta", weights=False), strict=True)
         assert (name, len(blocks(model)), all(fast(model))) == (name, count, True)
+
+
+def test_unpatch_gives_kept_memory_back():
+    unet = fastsd.patch(build())
+    cpu_memory.empty((1024, 1024), dtype=torch.float32, device=torch.device("cpu"))
+    assert cpu_memory.kept() >= 4 * 1024**2
+    fastsd.unpatch(unet)
+    assert cpu_memory.kept() == 0

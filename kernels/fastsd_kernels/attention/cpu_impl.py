@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsd_kernels import cpu_runtime
+from fastsd_kernels import cpu_memory, cpu_runtime
 from fastsd_kernels.heads import empty_heads
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ def run(
     bias: Tensor | None,  # [B, M] or [1, M]
     scale: float | None,
 ) -> Tensor:
-    out = empty_heads(q)
+    out = empty_heads(q, cpu_memory.empty_permuted)
     if out.numel() == 0:
         return out
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd_kernels import cpu_runtime
+from fastsd_kernels import cpu_memory, cpu_runtime
 from fastsd_kernels.cond_conv2d.reference import mixing_weights
 from fastsd_kernels.conv2d import cpu_costs
 from fastsd_kernels.conv2d import cpu_impl as conv2d
@@ -78,7 +78,8 @@ def _activated(x: Tensor, skip: Tensor | None, norm: tuple[Any, ...], activation
     num_groups, weight, bias, eps, *_ = norm
     if num_groups and all(p is None or p.dim() == 1 for p in (weight, bias)):
         x, skip = dense(x, True), None if skip is None else dense(skip, True)
-        u = empty_map(x, x.shape[1] + (0 if skip is None else skip.shape[1]), True)
+        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+        u = empty_map(x, channels, True, empty=cpu_memory.empty_permuted)
         mean = x.new_empty(u.shape[:2], dtype=torch.float32)
         weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
         torch.ops.fastsd_cpu.group_norm_silu_mean.default(

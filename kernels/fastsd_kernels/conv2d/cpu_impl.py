@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd_kernels import cpu_runtime
+from fastsd_kernels import cpu_memory, cpu_runtime
 from fastsd_kernels.conv2d import composed, cpu_costs
 from fastsd_kernels.conv2d.sizes import TILES
 from fastsd_kernels.layout import dense, empty_map, is_channels_last, is_dense, output_size
@@ -97,7 +97,7 @@ def multiply(
 ) -> Tensor:
     """The C++ kernel on a map that is not empty."""
     channels_last = is_channels_last(x)
-    out = empty_map(x, out_channels, True, out_size)
+    out = empty_map(x, out_channels, True, out_size, cpu_memory.empty_permuted)
     x = dense(x, True)
     skip = None if skip is None else dense(skip, True)
     left, _, top, _ = padding

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd_kernels import cpu_runtime
+from fastsd_kernels import cpu_memory, cpu_runtime
 from fastsd_kernels.gri_attention.geometry import covers
 from fastsd_kernels.gri_attention.reference import pooled
 from fastsd_kernels.heads import empty_heads
@@ -39,7 +39,7 @@ def run(
     gate: Tensor | None,  # [heads]
     scale: float | None,
 ) -> Tensor:
-    out = empty_heads(q)
+    out = empty_heads(q, cpu_memory.empty_permuted)
     if out.numel() == 0:
         return out
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd_kernels import cpu_runtime
+from fastsd_kernels import cpu_memory, cpu_runtime
 from fastsd_kernels.layout import dense, empty_map, is_channels_last
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,8 @@ def run(
     skip: Tensor | None,  # [B, C2, *S]
 ) -> Tensor:
     channels_last = is_channels_last(x)
-    out = empty_map(x, x.shape[1] + (0 if skip is None else skip.shape[1]), channels_last)
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    out = empty_map(x, channels, channels_last, empty=cpu_memory.empty_permuted)
     if out.numel() == 0:
         return out
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd_kernels import cpu_runtime
+from fastsd_kernels import cpu_memory, cpu_runtime
 from fastsd_kernels.linear import out_features
 from fastsd_kernels.rows import as_rows
 
@@ -34,7 +34,7 @@ def run(
     activation: str,
     residual: Tensor | None,  # [..., N]
 ) -> Tensor:
-    out = x.new_empty((*x.shape[:-1], out_features(weight, activation)))
+    out = cpu_memory.empty((*x.shape[:-1], out_features(weight, activation)), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     torch.ops.fastsd_cpu.linear.default(

@@ -3,6 +3,8 @@
 The statistics of the second norm are taken by a pass of their own, which finds the map in a cache.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,18 @@ def reject(x: Tensor, *args: object) -> str | None:
     return None
 
 
-def run(x: Tensor, *args: object) -> Tensor:
+def run(
+    x: Tensor,  # [B, C1, H, W]
+    conv1_weight: Tensor | None,  # [K, C, 3, 3]
+    conv2_weight: Tensor | None,  # [K, K, 3, 3]
+    conv1_bias: Tensor | None,  # [K]
+    conv2_bias: Tensor | None,  # [K]
+    skip: Tensor | None,  # [B, C2, H, W]
+    *args: Any,
+) -> Tensor:
     channels_last = is_channels_last(x)
     if x.dtype == torch.float32:
         # what the kernels compute in; one conversion for the block instead of several
-        x = dense(x, True)
-    return dense(compose(conv2d.run, x, *args), channels_last)  # type: ignore[arg-type]
+        x, skip = dense(x, True), None if skip is None else dense(skip, True)
+    weights = (conv1_weight, conv2_weight, conv1_bias, conv2_bias)
+    return dense(compose(conv2d.run, x, *weights, skip, *args), channels_last)
