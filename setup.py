@@ -35,7 +35,16 @@ cpu_extension = CppExtension(
     "fastsd_kernels._cpu",
     [
         f"csrc/cpu/{name}.cpp"
-        for name in ("bindings", "group_norm_silu", "conv2d", "attention", "gri_attention", "linear", "digest")
+        for name in (
+            "bindings",
+            "group_norm_silu",
+            "conv2d",
+            "attention",
+            "gri_attention",
+            "linear",
+            "digest",
+            "memory",
+        )
     ],
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_compile_args=COMPILE_FLAGS + EXTRA_FLAGS,

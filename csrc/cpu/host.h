@@ -44,8 +44,17 @@ void share_out(int64_t count, int64_t grain, const Work& work) {
   });
 }
 
-// Uninitialised floats on a cache line of their own, where full-width loads never straddle two. Large ones ask for huge
-// pages: products jump over more small ones than a core remembers the places of.
+constexpr int64_t kHugePage = 2 * 1024 * 1024;
+
+// A hint, which may be refused: products jump over more small pages than a core remembers the places of, and a fault
+// for each takes longer than what fills it. From the start of a page on.
+inline void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+}
+
+// Uninitialised floats on a cache line of their own, where full-width loads never straddle two.
 class AlignedFloats {
  public:
   AlignedFloats() = default;
@@ -54,9 +63,7 @@ class AlignedFloats {
     const int64_t whole = round_up(std::max<int64_t>(bytes, 1), unit);
     floats_.reset(static_cast<float*>(std::aligned_alloc(unit, whole)));
     if (!floats_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (unit == kHugePage) madvise(floats_.get(), whole, MADV_HUGEPAGE);  // a hint: it may be refused
-#endif
+    ask_for_huge_pages(floats_.get(), whole);
   }
   float* data() { return floats_.get(); }
 
@@ -78,7 +85,7 @@ class AlignedFloats {
   }
 
  private:
-  static constexpr int64_t kLine = 64, kHugePage = 2 * 1024 * 1024;
+  static constexpr int64_t kLine = 64;
   struct Free {
     void operator()(float* floats) const { std::free(floats); }
   };
