@@ -47,7 +47,7 @@ void share_out(int64_t count, int64_t grain, const Work& work) {
 constexpr int64_t kHugePage = 2 * 1024 * 1024;
 
 // A hint, which may be refused: products jump over more small pages than a core remembers the places of, and a fault
-// for each takes longer than what fills it. From the start of a page on.
+// for each can take longer than what fills it. From the start of a page on.
 inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);

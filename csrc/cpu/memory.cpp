@@ -3,8 +3,8 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <iterator>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "host.h"
