@@ -5,8 +5,6 @@ compiler that traces the model sees its stock forward.
 """
 
 import functools
-import inspect
-import os
 import sys
 import threading
 import warnings
@@ -20,13 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastsd.nn.capture import Card, Watch, without_autocast_cache
-from fastsd.nn.frozen import GRAPHS, PLAIN_VALUES, Frozen, why_unknown
-from fastsd.nn.plain import PLAIN, why_stock_everywhere
+from fastsd.nn.frozen import GRAPHS, PLAIN_VALUES, Frozen
+from fastsd.nn.graph_calls import (
+    NotServed,
+    key_of,
+    laid_out_as,
+    settings_of_torch,
+    why_no_input,
+    why_not_now,
+    with_timestep_on,
+    without_repeats,
+)
 
 MOST = 8  # graphs of one model, where nobody says how many
 COMPILED = "it is compiled, and a compiler traces its stock forward"
@@ -44,18 +49,14 @@ class _Graph:
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         for buffer, given in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(given)
+            without_repeats(buffer).copy_(without_repeats(given))
         self.replay()
         # the caller's to keep: the next replay of any graph overwrites what this one has written
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
         return tree_unflatten(leaves, self.spec)
 
 
-class _NotServed(Exception):
-    """A call that no graph can serve; the message says why."""
-
-
-class _TooEarly(_NotServed):
+class _TooEarly(NotServed):
     """One of the first calls of a shape, with the arguments that a graph would get; ``is_last`` of those."""
 
     def __init__(self, reason: str, key: Any, is_last: bool, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -116,7 +117,7 @@ class Graphs:
     def run(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``root``'s forward gives, by a graph where one can serve the call."""
         self.is_called = True
-        refusal, early = self.given_up or _why_not_now(), None
+        refusal, early = self.given_up or why_not_now(), None
         if refusal is None:
             try:
                 with self._lock:
@@ -125,7 +126,7 @@ class Graphs:
                     return output
             except _TooEarly as reason:
                 refusal, early = str(reason), reason
-            except _NotServed as reason:
+            except NotServed as reason:
                 refusal = str(reason)
         self.refusal = refusal
         if early is None:
@@ -147,14 +148,14 @@ class Graphs:
         _refuse(_why_not_on_card(root))
         device = next(tensor.device for tensor in chain(root.parameters(), root.buffers()))
         _refuse("a capture of somebody else's is in progress" if Card.is_capturing(device) else None)
-        leaves, spec = tree_flatten(_with_timestep_on(device, root, args, kwargs))
+        leaves, spec = tree_flatten(with_timestep_on(device, root, args, kwargs))
         for leaf in leaves:
-            _refuse(_why_no_input(leaf, device))
+            _refuse(why_no_input(leaf, device))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain(inputs, root.parameters())):
-            raise _NotServed("gradients were wanted (run it under torch.no_grad() or torch.inference_mode())")
+            raise NotServed("gradients were wanted (run it under torch.no_grad() or torch.inference_mode())")
         _refuse(_why_not(self._look_at(root)))
-        key = (repr(spec), *map(_key, leaves), _settings_of_torch(device.type))
+        key = (repr(spec), *map(key_of, leaves), settings_of_torch(device.type))
         _refuse(self._unfit.get(key))
         graph = self._held.get(key)
         if graph is None:
@@ -162,7 +163,7 @@ class Graphs:
             if len(self._held) >= self.most:
                 # one alone cannot go: the others may have memory of torch's libraries in common with it
                 self.drop()
-                raise _NotServed(f"there were {self.most} graphs for other shapes already, which make room")
+                raise NotServed(f"there were {self.most} graphs for other shapes already, which make room")
             self._card = self._card or Card(device)
         assert self._card is not None
         with self._card.turn():
@@ -191,7 +192,7 @@ class Graphs:
             self._frozen = self._frozen or Frozen(root)
         except Exception as error:  # of an object of somebody's, or of a dictionary that another thread fills
             self.drop()
-            raise _NotServed(f"a look at the model failed ({_first_lines(error, None)})") from error
+            raise NotServed(f"a look at the model failed ({_first_lines(error, None)})") from error
         return self._frozen
 
     def _record(self, root: nn.Module, leaves: list[Any], spec: TreeSpec) -> _Graph:
@@ -200,7 +201,7 @@ class Graphs:
         assert frozen is not None
         # ordinary tensors even in inference mode, so that it is seen whether they are written into
         with torch.inference_mode(False), torch.no_grad():
-            own = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            own = [laid_out_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
 
         def call() -> Any:
@@ -246,11 +247,11 @@ class Graphs:
                     self._changed = "its device"
                     self.drop()
 
-    def _give_up(self, reason: str) -> _NotServed:
+    def _give_up(self, reason: str) -> NotServed:
         self.drop()
         self.given_up = reason
         warnings.warn(f"fastsd runs a model without CUDA graphs: {reason}", stacklevel=2)
-        return _NotServed(reason)
+        return NotServed(reason)
 
 
 def _this_thread() -> object:
@@ -263,15 +264,6 @@ def _this_thread() -> object:
 def graphs_of(root: nn.Module) -> Graphs | None:
     """What ``patch(…, cuda_graphs=…)`` left on a model."""
     return vars(root).get(GRAPHS)
-
-
-def takes_timestep(root: nn.Module) -> bool:
-    """Whether graphs serve such a model, a U-Net or ControlNet: pipelines call its forward, once for each timestep.
-
-    Not diffusers' transformers: they read which attention to call from a registry of the process.
-    """
-    parameters = _parameters(type(root).forward)
-    return "timestep" in parameters and ("sample" in parameters or not _is_of_diffusers(root))
 
 
 def has_forward_of_another(root: nn.Module) -> bool:
@@ -360,7 +352,7 @@ def _is_own(method: Any) -> bool:
 
 def _refuse(reason: str | None) -> None:
     if reason is not None:
-        raise _NotServed(reason)
+        raise NotServed(reason)
 
 
 def _why_not(frozen: Frozen) -> str | None:
@@ -382,107 +374,3 @@ def _first_lines(error: BaseException, outside: BaseException | None) -> str:
     """Of an error and what it came from, but for what was being handled before."""
     causes = [cause for cause in (error.__context__, error) if cause not in (None, outside)]
     return "; then ".join(str(cause).partition("\n")[0] for cause in causes)
-
-
-def _why_not_now() -> str | None:
-    """Why no call can be served just now, whatever the model, as a sentence, or ``None``."""
-    if torch.jit.is_tracing():
-        return "torch.jit traced it"
-    from torch.utils._device import DeviceContext  # not loaded by `import torch`
-
-    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
-    if modes or _get_current_dispatch_mode() is not None:
-        return "a mode that sees every operation of torch was active"
-    for name, function in _functional().items():
-        if (reason := why_unknown(f"torch.nn.functional.{name}", function)) is not None:
-            return reason
-    return why_stock_everywhere()
-
-
-def _why_no_input(leaf: Any, device: torch.device) -> str | None:
-    if not isinstance(leaf, Tensor):
-        is_plain = isinstance(leaf, PLAIN_VALUES)
-        return None if is_plain else f"an input was a {type(leaf).__qualname__}, expected tensors and plain values"
-    if type(leaf) not in PLAIN or leaf.layout is not torch.strided:
-        return f"an input was a {type(leaf).__qualname__} of layout {leaf.layout}, expected a plain tensor"
-    return None if leaf.device == device else f"an input was on {leaf.device}, the model on {device}"
-
-
-def _key(leaf: Any) -> tuple[Any, ...]:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype
-    return type(leaf), repr(leaf)
-
-
-def _functional() -> dict[str, Any]:
-    """What diffusers calls by way of a module, where some put functions of their own."""
-    names = (
-        "scaled_dot_product_attention",
-        "linear",
-        "conv2d",
-        "group_norm",
-        "layer_norm",
-        "silu",
-        "gelu",
-        "interpolate",
-    )
-    return {name: getattr(torch.nn.functional, name) for name in names}
-
-
-def _settings_of_torch(device_type: str) -> tuple[Any, ...]:
-    """What else decides which kernels a forward calls."""
-    backends: Any = torch.backends
-    cuda, cudnn, matmul = backends.cuda, backends.cudnn, backends.cuda.matmul
-    # not allow_tf32, which raises where somebody has set precisions by layer
-    precisions = [each.fp32_precision for each in (backends, matmul, cudnn, cudnn.conv, cudnn.rnn)]
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.are_deterministic_algorithms_enabled(),
-        *precisions,
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_accumulation,
-        cuda.preferred_blas_library(),
-        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-        cuda.fp16_bf16_reduction_math_sdp_allowed(),
-        tuple(torch._C._get_sdp_priority_order()),
-        os.environ.get("FASTSD_BACKEND"),
-        *_functional().values(),
-    )
-
-
-def _with_timestep_on(
-    device: torch.device, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the timestep where a forward would copy it: a graph cannot copy from the CPU.
-
-    Schedulers give it as a number or a tensor on the CPU too, and a number would take one graph for each value. Only of
-    diffusers' own forwards it is known that a tensor of one element is the same to them.
-    """
-    if not _is_of_diffusers(root):
-        return args, kwargs
-    position = _parameters(type(root).forward).index("timestep") - 1
-    timestep = kwargs["timestep"] if "timestep" in kwargs else args[position] if position < len(args) else None
-    if isinstance(timestep, float):
-        raise _NotServed("the timestep was a float, expected a tensor or an integer")
-    if type(timestep) is int:
-        timestep = torch.tensor([timestep], device=device)
-    elif isinstance(timestep, Tensor) and timestep.dim() == 0:
-        timestep = timestep.to(device)
-    if "timestep" in kwargs:
-        return args, kwargs | {"timestep": timestep}
-    return (*args[:position], timestep, *args[position + 1 :]) if position < len(args) else args, kwargs
-
-
-def _is_of_diffusers(root: nn.Module) -> bool:
-    return type(root).forward.__module__.startswith("diffusers.")
-
-
-@functools.lru_cache(maxsize=64)
-def _parameters(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)

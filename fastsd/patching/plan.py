@@ -8,7 +8,8 @@ from torch import nn
 
 from fastsd.compress.compression import Compression
 from fastsd.gri import GRI, level_of, levels_of
-from fastsd.nn.graphs import MOST, Graphs, give_graphs, graphs_of, has_forward_of_another, takes_timestep
+from fastsd.nn.graph_calls import takes_timestep
+from fastsd.nn.graphs import MOST, Graphs, give_graphs, graphs_of, has_forward_of_another
 from fastsd.nn.replacement import SETTINGS, Settings, settings_of
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.rules.gri_attention import GRIRule, gri_rule

@@ -5,8 +5,6 @@ result touch fresh pages, and each of those costs a fault. So blocks are kept by
 tensor's returns when its storage dies. At most 512 MiB are kept that nobody uses.
 """
 
-import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +25,7 @@ def empty_permuted(
     A large one's storage has as many bytes as the tensor, and cannot be resized.
     """
     size = math.prod(shape) * dtype.itemsize
-    block = None if size < SMALLEST else _extension().take_block(size)
+    block = None if size < SMALLEST else cpu_runtime.extension().take_block(size)
     if block is None:
         return torch.empty_permuted(tuple(shape), tuple(physical_layout), dtype=dtype, device=device)
     strides, stride = [0] * len(shape), 1
@@ -49,15 +47,10 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
 
 def kept() -> int:
     """How many bytes nobody uses."""
-    return 0 if cpu_runtime.unavailable() else _extension().kept_bytes()
+    return 0 if cpu_runtime.unavailable() else cpu_runtime.extension().kept_bytes()
 
 
 def release() -> None:
     """Gives what nobody uses back to the system."""
     if not cpu_runtime.unavailable():
-        _extension().release_blocks()
-
-
-@functools.cache
-def _extension() -> Any:
-    return importlib.import_module("fastsd_kernels._cpu")
+        cpu_runtime.extension().release_blocks()

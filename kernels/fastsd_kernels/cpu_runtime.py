@@ -3,16 +3,27 @@
 import functools
 import importlib
 import os
+from typing import Any
 
 ISAS = ("baseline", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "FASTSD_CPU_ISA"
 
 
 @functools.cache
+def extension() -> Any:
+    """The extension; loading it registers ``torch.ops.fastsd_cpu``.
+
+    Raises:
+        ImportError: it was not built, or for another machine.
+    """
+    return importlib.import_module("fastsd_kernels._cpu")
+
+
+@functools.cache
 def unavailable() -> str | None:
-    """Why the CPU kernels cannot run, or ``None``. Loading the extension registers ``torch.ops.fastsd_cpu``."""
+    """Why the CPU kernels cannot run, or ``None``."""
     try:
-        importlib.import_module("fastsd_kernels._cpu")
+        extension()
     except ImportError as error:
         return (
             f"the CPU extension is not there ({error}); install a C++17 compiler (g++ or clang++) and reinstall "
@@ -24,7 +35,7 @@ def unavailable() -> str | None:
 @functools.cache
 def isa() -> int:
     """Index into ``ISAS`` of what the kernels run with: this machine's widest, or ``$FASTSD_CPU_ISA``."""
-    best = importlib.import_module("fastsd_kernels._cpu").best_isa()
+    best = extension().best_isa()
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
     if wanted is None:
         return best

@@ -85,6 +85,7 @@ def test_refusals():
 def test_missing_extension_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastsd_kernels._cpu", None)
     monkeypatch.delattr("fastsd_kernels._cpu", raising=False)
+    monkeypatch.setattr(cpu_runtime, "extension", cpu_runtime.extension.__wrapped__)
     assert "install a C++17 compiler" in cpu_runtime.unavailable.__wrapped__()
 
 

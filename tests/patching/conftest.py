@@ -42,6 +42,12 @@ def _measured_speed(request, monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", getattr(request, "param", False))
 
 
+@pytest.fixture
+def _own_product(monkeypatch, _measured_speed):
+    """As on a processor that torch's products are slow on."""
+    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+
+
 @pytest.fixture(autouse=True)
 def _no_backend_from_the_environment(monkeypatch):
     monkeypatch.delenv("FASTSD_BACKEND", raising=False)

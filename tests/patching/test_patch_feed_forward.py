@@ -11,11 +11,7 @@ import fastsd
 from fastsd_kernels.linear import cpu_speed
 from tests.patching.models import assert_as_stock, build, call, calls_of
 
-
-@pytest.fixture(autouse=True)
-def _faster(monkeypatch, _measured_speed):
-    """As on a processor that torch's products are slow on."""
-    monkeypatch.setattr(cpu_speed, "_is_faster", True)
+pytestmark = pytest.mark.usefixtures("_own_product")
 
 
 def layer(**changes):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastsd
 from fastsd.models import example_inputs, flat_output
 from fastsd.nn import graphs as graphs_module
+from fastsd.nn.graph_calls import takes_timestep
 from fastsd.nn.graphs import graphs_of
 from tests.patching.models import assert_as_stock, build, call
 from tests.patching.tape import Recorder, events, graphed, state
@@ -201,7 +202,7 @@ class TestFirstCalls:
     def use_meta(tape, monkeypatch):
         """A card without numbers, and of no autocast."""
         monkeypatch.setattr(tape, "device_type", "meta")
-        monkeypatch.setattr(graphs_module, "_settings_of_torch", lambda device_type: ())
+        monkeypatch.setattr(graphs_module, "settings_of_torch", lambda device_type: ())
 
     @torch.no_grad()
     def test_watching_disturbs_nobody(self, tape):
@@ -311,6 +312,28 @@ class TestKeys:
         model(**(inputs | {"sample": inputs["sample"].to(memory_format=torch.channels_last)}))
         model(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
         assert state(model).held == 3
+
+    @pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
+    @torch.no_grad()
+    def test_a_forward_sees_the_strides_that_it_was_given(self, tape, layout):
+        """Every other way that it may take for other strides was not seen in the first calls."""
+        seen = []
+
+        class Seeing(AttnProcessor):
+            def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+                seen.append(encoder_hidden_states.stride())
+                return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+
+        model, eager = graphed(), fastsd.patch(build())
+        for each in (model, eager):
+            each.mid_block.attentions[0].transformer_blocks[0].attn2.processor = Seeing()
+        for seed in range(2):
+            text = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(seed))[..., :8]
+            text = {"expanded": text[:1].expand(2, -1, -1), "sliced": text, "transposed": text.mT.clone().mT}[layout]
+            expected = call(eager, encoder_hidden_states=text)
+            assert torch.equal(call(model, encoder_hidden_states=text), expected)
+        assert events(tape) == ["capture", "replay", "replay"]
+        assert seen == [text.stride()] * 3
 
     @torch.no_grad()
     def test_nested_inputs(self, tape):
@@ -652,4 +675,4 @@ class TestRefusals:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_served_classes(cls, is_served):
-    assert graphs_module.takes_timestep(cls.__new__(cls)) == is_served
+    assert takes_timestep(cls.__new__(cls)) == is_served

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -23,7 +22,12 @@ from fastsd.models import flat_output
 from fastsd.nn import text_encoder
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels.linear import cpu_speed
-from tests.patching.models import Pipeline, assert_as_stock, build, calls_of
+from tests.patching.models import OpCalls, Pipeline, assert_as_stock, build, calls_of
+
+pytestmark = pytest.mark.usefixtures("_own_product")
+
+# what torch does without a fused layer
+FUSED = ("aten::native_layer_norm", "aten::addmm", "aten::gelu", "aten::sigmoid")
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
 TEXT = {"vocab_size": 50, "max_position_embeddings": 11, "eos_token_id": 49, "bos_token_id": 0, "pad_token_id": 1}
@@ -31,25 +35,6 @@ IDS = torch.randint(2, 49, (2, 11), generator=torch.Generator().manual_seed(1)).
 MASK = (torch.arange(11) < torch.tensor([[9], [6]])).long()
 # of a layer: q, k, v, out, fc1, fc2
 PROJECTIONS = 6 * SIZES["num_hidden_layers"]
-
-
-@pytest.fixture(autouse=True)
-def _faster(monkeypatch, _measured_speed):
-    """As on a processor that torch's products are slow on."""
-    monkeypatch.setattr(cpu_speed, "_is_faster", True)
-
-
-class _Others(TorchDispatchMode):
-    """How often ops of torch run that a fused layer does without."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().partition(".")[0]
-        self.names += [name] * (name in ("aten::native_layer_norm", "aten::addmm", "aten::gelu", "aten::sigmoid"))
-        return function(*args, **(kwargs or {}))
 
 
 def randomised(model):
@@ -108,7 +93,7 @@ def test_row_13_as_stock(changes, given, cls, is_faster, monkeypatch):
 @torch.no_grad()
 def test_norms_and_activations_are_in_the_products(hidden_act):
     model = fastsd.patch(encoder(hidden_act=hidden_act))
-    with _Others() as others:
+    with OpCalls(*FUSED) as others:
         call(model)
     assert others.names == ["aten::native_layer_norm"]  # the last one, which is in no layer
 
@@ -176,7 +161,7 @@ def test_lora(target):
 def test_norm_before_what_is_called_in_part():
     """Once, and not for each of the projections that would have it in their products."""
     model = get_peft_model(fastsd.patch(encoder()), LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    with _Others() as others:
+    with OpCalls(*FUSED) as others:
         call(model)
     assert others.names.count("aten::native_layer_norm") == SIZES["num_hidden_layers"] + 1
 

@@ -4,36 +4,21 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels.linear import cpu_speed
-from tests.patching.models import assert_as_stock, build, call, calls_of
+from tests.patching.models import OpCalls, assert_as_stock, build, call, calls_of
+
+pytestmark = pytest.mark.usefixtures("_own_product")
+
+# what torch does without a fused block
+FUSED = ("aten::native_layer_norm", "aten::add", "aten::addmm", "aten::gelu")
 
 LIKE = {"generator": torch.Generator().manual_seed(1)}
 X, TEXT = torch.randn(2, 30, 24, **LIKE), torch.randn(2, 7, 10, **LIKE)
 BOXES = {"gligen": {"objs": torch.randn(2, 3, 10, **LIKE)}}
 MASK = torch.zeros(2, 1, 30).masked_fill(torch.arange(30) > 20, -10000.0)
-
-
-@pytest.fixture(autouse=True)
-def _faster(monkeypatch, _measured_speed):
-    """As on a processor that torch's products are slow on."""
-    monkeypatch.setattr(cpu_speed, "_is_faster", True)
-
-
-class _Others(TorchDispatchMode):
-    """Names of the ops of torch that a fused block does without."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().partition(".")[0]
-        self.names += [name] * (name in ("aten::native_layer_norm", "aten::add", "aten::addmm", "aten::gelu"))
-        return function(*args, **(kwargs or {}))
 
 
 def layer(**changes):
@@ -84,7 +69,7 @@ def test_as_stock(changes, given, is_faster, monkeypatch):
 @torch.no_grad()
 def test_norms_and_sums_are_in_the_products():
     model = fastsd.patch(layer(), strict=True)
-    with _Others() as others:
+    with OpCalls(*FUSED) as others:
         assert calls_of("linear", lambda: model[0](X, encoder_hidden_states=TEXT)) == 2 * 4 + 2
     assert others.names == []
 
@@ -94,7 +79,7 @@ def test_a_norm_is_computed_once_for_projections_that_are_called():
     model = fastsd.patch(layer())
     model[0].attn1.to_k = nn.Sequential(model[0].attn1.to_k)
     stock = layer()[0](X, encoder_hidden_states=TEXT)
-    with _Others() as others:
+    with OpCalls(*FUSED) as others:
         assert_equal(model[0](X, encoder_hidden_states=TEXT), stock)
     assert others.names.count("aten::native_layer_norm") == 1
 
@@ -181,7 +166,7 @@ def test_every_block_of_a_model(name):
     model = build(name)
     expected = call(model)
     fastsd.patch(model, strict=True)
-    with _Others() as others:
+    with OpCalls(*FUSED) as others:
         assert_as_stock(call(model), expected)
     assert "aten::native_layer_norm" not in others.names
 
