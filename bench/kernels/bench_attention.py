@@ -7,17 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels.testing import Sample
-from fastsd_kernels.testing.tokens import in_heads
+from fastsd_kernels.testing.tokens import in_heads, tokens
 
 
 class Case(NamedTuple):
-    """``keys``: those of the map, as many as queries, or of a text of 77 tokens."""
+    """``keys``: those of the map, as many as queries, or of a text of 77 tokens; ``layout``: of the projections."""
 
     batch: int
     heads: int
     queries: int
     keys: int
     width: int
+    layout: str = "token_major"
 
 
 _LAYERS = (
@@ -31,20 +32,24 @@ CASES = {
     for batch, heads, queries, width in _LAYERS
     for keys in (queries, 77)
 } | {"1x1x4096x4096x512": Case(1, 1, 4096, 4096, 512)}
+# q, k and v of one product, as after fuse_qkv_projections()
+CASES |= {
+    f"packed {name}": case._replace(layout="packed")
+    for name, case in CASES.items()
+    if case.queries == case.keys and case.heads == 8 and case.batch == 1
+}
 
 
 def sample(name: str, device: torch.device, dtype: torch.dtype) -> Sample:
     """The call named ``BATCHxHEADSxQUERIESxKEYSxWIDTH``: tokens as projections give them."""
-    batch, heads, queries, keys, width = CASES[name]
-    counts = (("q", queries), ("k", keys), ("v", keys))
+    batch, heads, queries, keys, width, layout = CASES[name]
     like: dict[str, Any] = {"device": device, "dtype": dtype}
-    return Sample(
-        name,
-        {
-            of: in_heads(batch, heads, count, width, "token_major", **like, seed=seed)
-            for seed, (of, count) in enumerate(counts)
-        },
-    )
+    if layout == "packed":
+        given = tokens(batch, heads, queries, width, layout, **like)
+    else:
+        counts = (queries, keys, keys)
+        given = tuple(in_heads(batch, heads, n, width, layout, **like, seed=i) for i, n in enumerate(counts))
+    return Sample(name, dict(zip("qkv", given, strict=True)))
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

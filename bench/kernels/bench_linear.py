@@ -25,6 +25,7 @@ def _cases() -> dict[str, Case]:
     for batch, side, width in (*((1, side, 320 * 64 // side) for side in (64, 32, 16)), (1, 8, 1280), (1, 96, 320)):
         found += [
             Case(batch, side**2, width, width, "qkv"),
+            Case(batch, side**2, width, 3 * width, "qkv"),  # packed
             Case(batch, side**2, width, width, "out"),
             Case(batch, side**2, width, 4 * width, "geglu"),
             Case(batch, side**2, 4 * width, width, "out"),

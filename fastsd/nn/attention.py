@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_processor as stock
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import normalise, wants_gradient
@@ -17,7 +17,8 @@ from fastsd.nn.tokens import as_map, as_tokens
 from fastsd_kernels import attention
 from fastsd_kernels.checks import DTYPES
 
-_CALLS = {cls: cls.__call__ for cls in (AttnProcessor2_0, AttnProcessor) if not is_overwritten(cls, "__call__")}
+_PROCESSORS = (AttnProcessor2_0, AttnProcessor, FusedAttnProcessor2_0)
+_CALLS = {cls: cls.__call__ for cls in _PROCESSORS if not is_overwritten(cls, "__call__")}
 
 _STEPS = {
     name: getattr(stock.Attention, name)
@@ -122,25 +123,28 @@ def attend(
 
     Args:
         owner: the replaced module whose settings apply.
-        attn: what has the projections.
+        attn: what has the projections, those of q, k and v each by itself or, as its processor is, packed.
         core: of q, k and v, ``[B, heads, N, d]``, the scale, ``None`` for 1/√d, and the backend.
         norm: of x, a plain one.
     """
     settings = settings_of(owner)
-    own = ("to_q",) if encoder_hidden_states is not None else ("to_q", "to_k", "to_v")
+    is_packed = type(attn.processor) is FusedAttnProcessor2_0  # after fuse_qkv_projections()
+    own = ("to_q",) if encoder_hidden_states is not None else ("to_qkv",) if is_packed else ("to_q", "to_k", "to_v")
     if norm is not None and not all(is_fused(owner, attn, name, x, norm) for name in own):
         x, norm = norm(x), None
     if encoder_hidden_states is None:
-        q, k, v = (project(owner, attn, name, x, norm=norm) for name in own)
+        projected = [project(owner, attn, name, x, norm=norm) for name in own]
+        q, k, v = projected[0].chunk(3, dim=-1) if is_packed else projected
     else:
         context = attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
         q = project(owner, attn, "to_q", x, norm=norm)
-        k, v = keys_and_values(owner, attn, context)
+        k, v = keys_and_values(owner, attn, context, is_packed)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     if type(attn.processor) is not AttnProcessor:  # which knows of no such norms
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-    scale = None if type(attn.processor) is AttnProcessor2_0 else attn.scale  # that one has no other than 1/√d
+    # which know no other than 1/√d
+    scale = None if type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0) else attn.scale
     y = core(q, k, v, scale, None if settings is None else settings.backend).transpose(1, 2).flatten(2).to(q.dtype)
     if is_idle(attn.to_out, "1"):
         return project(owner, attn.to_out, "0", y, residual=residual)

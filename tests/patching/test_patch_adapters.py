@@ -8,7 +8,7 @@ from torch import nn
 
 import fastsd
 from fastsd.models import flat_output
-from tests.patching.models import assert_as_stock, blocks, build, call, op_calls, relative_error
+from tests.patching.models import assert_as_stock, blocks, build, call, calls_of, op_calls, relative_error
 
 LEAVES = ["to_q", "to_v", "conv1", "conv2", "time_emb_proj", "conv_shortcut", "conv_in", "proj_out"]
 
@@ -246,6 +246,7 @@ def test_row_11_attention_processors():
         change(model)
         assert_as_stock(call(model), call(stock))
         assert op_calls(lambda: call(model)) == 16
+        assert calls_of("attention", lambda: call(model)) == 8
 
 
 class _QuantisedConv2d(nn.Conv2d):

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from torch import nn
 
 import fastsd
@@ -20,10 +26,14 @@ def op_calls(function):
     return calls_of("attention", function)
 
 
-def layer(**changes):
+def layer(*, is_packed=False, **changes):
     torch.manual_seed(0)
     given = {"query_dim": 24, "heads": 3, "dim_head": 8} | changes
-    return nn.ModuleList([Attention(**given)]).eval().requires_grad_(False)
+    attn = Attention(**given)
+    if is_packed:
+        attn.fuse_projections()
+        attn.set_processor(FusedAttnProcessor2_0())
+    return nn.ModuleList([attn]).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("is_faster", [False, True])
@@ -40,6 +50,10 @@ def layer(**changes):
         pytest.param(OF_A_MAP, (MAP,), id="map"),
         pytest.param(OF_A_MAP, (MAP.contiguous(memory_format=torch.channels_last),), id="channels_last"),
         pytest.param({"processor": AttnProcessor(), "scale_qk": False}, (X,), id="unscaled"),
+        pytest.param({"is_packed": True, "bias": True, "scale_qk": False}, (X,), id="packed"),
+        pytest.param({"is_packed": True, "cross_attention_dim": 10}, (X, TEXT), id="packed_cross"),
+        pytest.param({"is_packed": True, "qk_norm": "layer_norm"}, (X,), id="packed_qk_norm"),
+        pytest.param({"is_packed": True} | OF_A_MAP, (MAP,), id="packed_map"),
         # which has no norms of queries and keys
         pytest.param({"processor": AttnProcessor(), "qk_norm": "layer_norm"}, (X,), id="qk_norm_of_another"),
     ],
@@ -72,6 +86,25 @@ def test_what_is_put_on_it_runs(change):
     stock, model = layer(), fastsd.patch(layer())
     change(stock[0])
     change(model[0])
+    torch.testing.assert_close(model[0](X), stock[0](X), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attn: attn.to_qkv.register_forward_hook(lambda module, args, y: 2 * y),
+        lambda attn: attn.to_qkv.weight.mul_(1.5),
+        lambda attn: attn.to_k.weight.mul_(1.5),  # which nobody reads
+        lambda attn: attn.set_processor(AttnProcessor2_0()),
+    ],
+    ids=["hook", "weight", "old_weight", "processor"],
+)
+@torch.no_grad()
+def test_changes_of_packed_projections(change):
+    stock, model = layer(is_packed=True), fastsd.patch(layer(is_packed=True))
+    for each in (stock, model):
+        each[0](X)
+        change(each[0])
     torch.testing.assert_close(model[0](X), stock[0](X), rtol=1e-5, atol=2e-6)
 
 
@@ -163,10 +196,22 @@ def test_class_level_patches_run(monkeypatch):
     torch.testing.assert_close(model[0](X), layer()[0](X))
 
 
-@pytest.mark.parametrize(("name", "calls"), [("unet", 8), ("controlnet", 4), ("unet_2d_model", 4), ("vae", 2)])
+@pytest.mark.parametrize(
+    ("name", "calls", "is_packed"),
+    [
+        ("unet", 8, False),
+        ("unet", 8, True),
+        ("controlnet", 4, False),
+        ("unet_2d_model", 4, False),
+        ("vae", 2, False),
+        ("vae", 2, True),
+    ],
+)
 @torch.no_grad()
-def test_every_attention_of_a_model(name, calls):
+def test_every_attention_of_a_model(name, calls, is_packed):
     model = build(name)
+    if is_packed:
+        model.fuse_qkv_projections()
     expected = call(model)
     fastsd.patch(model, strict=True)
     assert op_calls(lambda: call(model)) == calls

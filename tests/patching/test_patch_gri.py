@@ -349,9 +349,15 @@ def test_another_processor_is_called():
     (reason,) = {entry.reason for entry in fastsd.report(model).entries if entry.rule == "gri_attention"}
     assert "SlicedAttnProcessor" in reason
     assert approximate(model) == []
-    model.set_default_attn_processor()
+
+
+@torch.no_grad()
+def test_packed_projections():
+    model = fastsd.patch(build(), gri=SMALL)
+    expected = call(model)
     model.fuse_qkv_projections()
-    assert_as_stock(call(model), exact)
+    assert gri_calls(lambda: call(model)) > 0
+    assert_as_stock(call(model), expected)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -150,6 +150,28 @@ def test_one_element_of_a_parameter(name, at, products):
     assert products(lambda: model[0](X, TEXT))[1] == KEPT
     parameter.data.copy_(old)
     assert torch.equal(model[0](X, TEXT), before)
+
+
+@torch.no_grad()
+def test_packed_projections(products):
+    """Of another processor, other layers: what was kept of those is not theirs."""
+    model = fastsd.patch(layer())
+    before = warm(model, TEXT)
+    model[0].fuse_projections()
+    model[0].to_kv.weight.mul_(1.5)
+    for processor, once in ((FusedAttnProcessor2_0(), 1), (AttnProcessor2_0(), COMPUTED)):
+        model[0].set_processor(processor)
+        for expected in (once, KEPT):
+            after, count = products(lambda: model[0](X, TEXT))
+            assert count == expected
+            assert torch.equal(after, fresh(model, TEXT))
+            assert torch.equal(after, before) == (once == COMPUTED)
+    model[0].set_processor(FusedAttnProcessor2_0())
+    warm(model, TEXT)
+    model[0].to_kv.bias.data[-1] += 0.5
+    after, count = products(lambda: model[0](X, TEXT))
+    assert count == 1
+    assert torch.equal(after, fresh(model, TEXT))
 
 
 def _load(assign, attn):
