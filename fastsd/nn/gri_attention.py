@@ -76,7 +76,8 @@ class BasicTransformerBlock(transformer_block.BasicTransformerBlock):
     ) -> Tensor:
         settings, grid = settings_of(self), getattr(told, "grid", None)
         if settings is None or grid is None or attention_mask is not None or why_stock(self) is not None:
-            return super()._add_self_attention(x, context, attention_mask, more, told)
+            plain = transformer_block.BasicTransformerBlock._add_self_attention
+            return plain(self, x, context, attention_mask, more, told)
         norm: Any = self.norm1
         given = arguments(settings.rule.gri, grid)  # type: ignore[attr-defined]
         if (

@@ -41,9 +41,9 @@ def fused(
     owner: nn.Module, layer: nn.Linear, x: Tensor, norm: nn.LayerNorm | None = None, **surroundings: Any
 ) -> Tensor:
     """The op, for what :func:`is_fused`."""
-    settings = settings_of(owner)
-    assert settings is not None  # is_fused says so
-    return linear(x, layer.weight, layer.bias, **norm_arguments(norm), **surroundings, backend=settings.backend)
+    settings = settings_of(owner)  # which another thread may have taken away meanwhile
+    backend = None if settings is None else settings.backend
+    return linear(x, layer.weight, layer.bias, **norm_arguments(norm), **surroundings, backend=backend)
 
 
 def norm_arguments(norm: nn.LayerNorm | None) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class Replacement(nn.Module):
 
     A stock instance becomes fast by ``module.__class__ = FastClass``, so parameters, buffers, hooks, names and
     ``isinstance`` stay as they are. ``forward`` of a subclass runs the stock forward where :func:`settings_of` is
-    ``None``: a hook may have captured the bound method of a module that has since been unpatched.
+    ``None``: a hook may have captured the bound method of a module that has since been unpatched. It reads methods of
+    its own from the class, as ``FastClass.method(self)``: another thread may unpatch the module while it runs.
 
     A copy or a pickle is a stock module: it loads where fastsd is not installed.
 

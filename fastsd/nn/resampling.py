@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from diffusers.models import downsampling, upsampling
 from torch import Tensor, nn
 
@@ -44,7 +45,16 @@ class Upsample2D(Replacement, upsampling.Upsample2D):
     ) -> Tensor:  # [B, C_out, H', W']
         x = hidden_states
         size = (2 * x.shape[2], 2 * x.shape[3]) if output_size is None else output_size
-        if args or kwargs or active_settings(self) is None or why_stock(self) is not None or len(size) != 2:
+        # a trace takes no sizes of its own for an op's numbers
+        is_traced = torch.jit.is_tracing()
+        if (
+            args
+            or kwargs
+            or active_settings(self) is None
+            or why_stock(self) is not None
+            or len(size) != 2
+            or is_traced
+        ):
             return upsampling.Upsample2D.forward(self, hidden_states, output_size, *args, **kwargs)
         return convolve(self, _convolution(self), x, upsample_size=size)
 

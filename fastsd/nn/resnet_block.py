@@ -62,7 +62,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
         whole = one_call(self, input_tensor, skip, temb)
         if whole is None:
-            return self._in_parts(_joined(input_tensor, skip), temb)
+            return ResnetBlock2D._in_parts(self, _joined(input_tensor, skip), temb)
         return resnet_block(**whole, backend=settings.backend)
 
     def _in_parts(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class ResnetBlock2D(Replacement, stock.ResnetBlock2D):
         first: dict[str, Any] = {"norm": self.norm1, "activation": "silu"}
         shortcut = hidden = x
         if self.upsample is not None or self.downsample is not None:
-            shortcut, hidden = self._resample(x, normalise(self, x, **first))
+            shortcut, hidden = ResnetBlock2D._resample(self, x, normalise(self, x, **first))
             first = {}
 
         bias = temb if self.time_embedding_norm == "default" else None

@@ -91,7 +91,8 @@ class CLIPEncoderLayer(Replacement, stock.CLIPEncoderLayer):
     def forward(self, hidden_states: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:  # [B, N, C] to the same
         if not is_fast(self):
             return stock.CLIPEncoderLayer.forward(self, hidden_states, attention_mask, **kwargs)
-        return self._add_mlp(self._add_attention(hidden_states, attention_mask, kwargs))
+        x = CLIPEncoderLayer._add_attention(self, hidden_states, attention_mask, kwargs)
+        return CLIPEncoderLayer._add_mlp(self, x)
 
     def _add_attention(self, x: Tensor, attention_mask: Tensor | None, told: dict[str, Any]) -> Tensor:
         if (

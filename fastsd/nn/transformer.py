@@ -41,11 +41,11 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
         if active_settings(self) is not None and self.is_input_continuous:
             cross_attention_kwargs = tell_grid(self.transformer_blocks, hidden_states, cross_attention_kwargs)
         given: Any = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels, cross_attention_kwargs)
-        return super().forward(hidden_states, *given, *args, **kwargs)
+        return stock.Transformer2DModel.forward(self, hidden_states, *given, *args, **kwargs)
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         if active_settings(self) is None or why_stock(self) is not None:
-            return super()._operate_on_continuous_inputs(hidden_states)
+            return stock.Transformer2DModel._operate_on_continuous_inputs(self, hidden_states)
         x = hidden_states.contiguous(memory_format=torch.channels_last)
         if self.use_linear_projection:
             tokens = project(self, self, "proj_in", as_tokens(normalise(self, x, self.norm)))
@@ -58,9 +58,8 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         if active_settings(self) is None or why_stock(self) is not None:
-            return super()._get_output_for_continuous_inputs(
-                hidden_states, residual, batch_size, height, width, inner_dim
-            )
+            given = (hidden_states, residual, batch_size, height, width, inner_dim)
+            return stock.Transformer2DModel._get_output_for_continuous_inputs(self, *given)
         size = (batch_size, height, width)
         if self.use_linear_projection:
             tokens = as_tokens(residual)

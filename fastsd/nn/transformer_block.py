@@ -46,24 +46,27 @@ class BasicTransformerBlock(Replacement, stock.BasicTransformerBlock):
         **kwargs: Any,
     ) -> Tensor:  # [B, N, C]
         told, x, text = cross_attention_kwargs, hidden_states, encoder_hidden_states
+        # another thread may take the patch away meanwhile
+        fast = type(self)
         if (
             args
             or kwargs
+            or not issubclass(fast, BasicTransformerBlock)
             or active_settings(self) is None
             or (told or {}).get("scale") is not None  # which stock warns of
             or x.dim() != 3
-            or self._why_stock() is not None
+            or fast._why_stock(self) is not None
         ):
             given: Any = (attention_mask, text, encoder_attention_mask, timestep, told, class_labels)
             return stock.BasicTransformerBlock.forward(self, x, *given, *args, **kwargs)
         more = dict(told or {})
         boxes = more.pop("gligen", None)
-        x = self._add_self_attention(x, text if self.only_cross_attention else None, attention_mask, more, told)
+        x = fast._add_self_attention(self, x, text if self.only_cross_attention else None, attention_mask, more, told)
         if boxes is not None:
             x = self.fuser(x, boxes["objs"])
         if self.attn2 is not None:
-            x = self._add("attn2", "norm2", x, text, encoder_attention_mask, more)
-        return self._add_feed_forward(x)
+            x = fast._add(self, "attn2", "norm2", x, text, encoder_attention_mask, more)
+        return fast._add_feed_forward(self, x)
 
     def _why_stock(self) -> str | None:
         return why_stock(self)
@@ -76,7 +79,7 @@ class BasicTransformerBlock(Replacement, stock.BasicTransformerBlock):
         more: dict[str, Any],
         told: dict[str, Any] | None,  # cross_attention_kwargs as they came
     ) -> Tensor:
-        return self._add("attn1", "norm1", x, context, attention_mask, more)
+        return BasicTransformerBlock._add(self, "attn1", "norm1", x, context, attention_mask, more)
 
     def _add(
         self,

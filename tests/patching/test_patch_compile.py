@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 import fastsd
-from fastsd.models import example_inputs
+from fastsd.models import example_inputs, flat_output
 from tests.patching.models import assert_as_stock, block_count, build, call, fused_in, norm_count
 
 AOT_EAGER = torch._dynamo.lookup_backend("aot_eager")
@@ -130,3 +131,34 @@ def test_row_10_one_compiled_block():
     replaced = Counter(entry.class_name for entry in fastsd.report(model).entries if entry.replaced)
     assert replaced == {"ResnetBlock2D": block_count("no_attention"), "UpBlock2D": 1}
     assert torch.equal(call(fastsd.unpatch(model)), stock)
+
+
+class _Positional(nn.Module):
+    """A model, called with the tensors of its example in their order; of a VAE its decoder."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+
+    def example(self, size, seed):
+        tensors = {key: x for key, x in example_inputs(self.model, 2, size, tokens=7).items() if torch.is_tensor(x)}
+        like = torch.Generator().manual_seed(seed)
+        return {key: x.float().normal_(generator=like).to(x.dtype) for key, x in tensors.items()}
+
+    def forward(self, *tensors):
+        given = dict(zip(self.example(16, 0), tensors, strict=True))
+        return flat_output(getattr(self.model, "decode", self.model)(**given, return_dict=False))
+
+
+@pytest.mark.parametrize("name", ["unet", "linear_projections", "controlnet", "vae"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@torch.no_grad()
+def test_row_10_traced(name):
+    """With ops of fastsd inside, for sizes and texts that it was not traced with."""
+    stock, model = _Positional(build(name)), _Positional(fastsd.patch(build(name)))
+    traced = torch.jit.trace(model, tuple(model.example(16, 0).values()), check_trace=False)
+    for size, seed in ((16, 1), (24, 2)):
+        given = stock.example(size, seed).values()
+        assert_as_stock(traced(*given), stock(*given))
+    assert "fastsd::" in str(traced.inlined_graph)

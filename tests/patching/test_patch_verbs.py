@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.models import load
@@ -117,6 +118,44 @@ def test_row_14_threads():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+class _After(TorchDispatchMode):
+    """``act()`` once so many operations of torch have run."""
+
+    def __init__(self, count, act):
+        super().__init__()
+        self.count, self.act, self.seen = count, act, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen += 1
+        if self.seen == self.count:
+            self.act()
+        return result
+
+
+# its window is the whole map, so that it is full attention
+FULL = fastsd.GRI(window=16, pool=4, mask_own_window=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "gri"),
+    [("unet", None), ("unet", FULL), ("linear_projections", None), ("vae", None)],
+    ids=["unet", "gri", "linear_projections", "vae"],
+)
+@torch.no_grad()
+def test_row_14_unpatched_while_it_runs(name, gri):
+    """As another thread may do at any place of a forward."""
+    model = build(name)
+    expected = call(model)
+    with _After(0, None) as all_of_it:
+        call(fastsd.patch(model, gri=gri))
+    for count in range(1, all_of_it.seen, 5):
+        fastsd.patch(model, gri=gri)
+        with _After(count, lambda: fastsd.unpatch(model)):
+            assert_as_stock(call(model), expected)
+        assert torch.equal(call(fastsd.unpatch(model)), expected)
 
 
 _FORK = """
