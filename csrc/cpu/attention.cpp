@@ -1,7 +1,7 @@
 // Full attention on the CPU. Formula: kernels/fastsd_kernels/attention/reference.py.
 //
-// A task is some queries of one head of one sample; keys and values are read where they lie. 16-bit ones are widened
-// before, in parallel: all tasks of a head read them.
+// A task is some queries of one head of one sample. Keys and values are read where they lie, but for many queries, and
+// where they are of 16 bits: then those of each head are copied before, in parallel, and lie side by side.
 
 #include "attention.h"
 
@@ -44,6 +44,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kWidenedPerTask = 64;  // tokens
+constexpr int64_t kManyQueries = 1024;
+constexpr int64_t kCopiedFloats = 4 * 1024 * 1024;  // that are kept between calls
 
 template <typename T>
 struct FullAttention {
@@ -66,14 +68,17 @@ struct FullAttention {
   }
 
   void run() const {
-    if constexpr (std::is_same_v<T, float>) {
-      attend(k, v);
-    } else {
-      const int64_t floats = batch * heads * keys * width;
-      AlignedFloats wide(2 * floats);
-      attend(widen(k, wide.data()), widen(v, wide.data() + floats));
-    }
+    if constexpr (std::is_same_v<T, float>)
+      if (!is_copied()) return attend(k, v);
+    const int64_t floats = batch * heads * keys * width;
+    static thread_local AlignedFloats kept;
+    float* wide = kept.at_least(2 * floats);
+    attend(widen(k, wide), widen(v, wide + floats));
+    kept.release_above(kCopiedFloats);
   }
+
+  // Whether so many queries read keys and values that it pays to lay those of a head side by side.
+  bool is_copied() const { return (k.token != width || v.token != width) && queries >= kManyQueries; }
 
   void attend(const Tokens<const float>& of_keys, const Tokens<const float>& of_values) const {
     const int64_t parts = ceil_div(queries, kTaskQueries);

@@ -6,7 +6,7 @@ import torch
 from fastsd_kernels import attention
 from fastsd_kernels.attention import op
 from fastsd_kernels.testing import Sample, check_op
-from fastsd_kernels.testing.tokens import in_heads
+from fastsd_kernels.testing.tokens import LAYOUTS, in_heads, tokens
 
 # heads, queries, keys, width
 SHAPES = {
@@ -30,6 +30,16 @@ def sample(name, dtype):
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "sd15"])
 def test_sizes_of_models(name):
     check_op(op, sample(name, torch.float32), "cpu")
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "strided_width"])
+@pytest.mark.parametrize("keys", [1031, 5])
+def test_keys_and_values_that_are_copied(layout, keys):
+    """Many queries read those of a head side by side, wherever they lie; each sample and head its own."""
+    q, k, v = tokens(2, 3, 1031, 9, layout, device="cpu", dtype=torch.float32)
+    check_op(op, Sample(layout, {"q": q, "k": k[:, :, -keys:], "v": v[:, :, :keys]}), "cpu")
+    # one of the two lies so already
+    check_op(op, Sample(layout, {"q": q, "k": k[:, :, -keys:].contiguous(), "v": v[:, :, :keys]}), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

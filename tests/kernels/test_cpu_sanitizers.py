@@ -16,7 +16,7 @@ spec = importlib.util.spec_from_file_location("fastsd_kernels._cpu", sys.argv[1]
 sys.modules["fastsd_kernels._cpu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fastsd_kernels._cpu"])
 from fastsd_kernels import cpu_runtime
-from fastsd_kernels import conv2d, linear
+from fastsd_kernels import attention, conv2d, linear
 from fastsd_kernels.dispatch import ops
 from fastsd_kernels.testing import check_op
 cpu_runtime.unavailable()
@@ -49,6 +49,9 @@ for isa in range(cpu_runtime.isa() + 1):
 for rows in (520, 40):
     x, weight = torch.randn(rows, 1280), torch.randn(2600, 1280)
     linear(x, weight, norm_eps=1e-5, activation="geglu", residual=torch.randn(rows, 1300))
+# keys and values that are copied
+q, k, v = torch.randn(2, 1031, 3, 3, 9).transpose(1, 3).unbind(2)
+attention(q, k[:, :, 7:], v[:, :, :-7])
 print("sanitized run complete")
 """
 
