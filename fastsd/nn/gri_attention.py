@@ -74,12 +74,14 @@ class BasicTransformerBlock(transformer_block.BasicTransformerBlock):
         more: dict[str, Any],
         told: dict[str, Any] | None,
     ) -> Tensor:
-        settings, grid = settings_of(self), getattr(told, "grid", None)
-        if settings is None or grid is None or attention_mask is not None or why_stock(self) is not None:
+        # another thread may have patched it without GRI meanwhile
+        gri = getattr(getattr(settings_of(self), "rule", None), "gri", None)
+        grid = getattr(told, "grid", None)
+        if gri is None or grid is None or attention_mask is not None or why_stock(self) is not None:
             plain = transformer_block.BasicTransformerBlock._add_self_attention
             return plain(self, x, context, attention_mask, more, told)
         norm: Any = self.norm1
-        given = arguments(settings.rule.gri, grid)  # type: ignore[attr-defined]
+        given = arguments(gri, grid)
         if (
             is_plain_end(self.attn1)
             and why_not_plain(self, "norm1", nn.LayerNorm) is None

@@ -43,6 +43,14 @@ def settings_of(module: nn.Module) -> Settings | None:
     return module.__dict__.get(SETTINGS)
 
 
+def call_as(self: nn.Module, fast: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """``self(*args, **kwargs)`` by the forward of ``fast``, its class so far: another thread may give it the stock one.
+
+    For a module that nobody has put anything on (:func:`fastsd.nn.plain.why_not_plain`), which a call would run.
+    """
+    return fast.forward(self, *args, **kwargs)
+
+
 class Replacement(nn.Module):
     """Base of the fast modules: a subclass of a stock class, with its name, that adds no attribute.
 

@@ -7,7 +7,7 @@ from diffusers.models.transformers import transformer_2d as stock
 from torch import Tensor, nn
 
 from fastsd.nn.convolution import convolve, example_convolution, normalise
-from fastsd.nn.gri_attention import tell_grid
+from fastsd.nn.gri_attention import ToldKwargs, tell_grid
 from fastsd.nn.linear import example_projection, project
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
 from fastsd.nn.replacement import Replacement, active_settings
@@ -40,6 +40,9 @@ class Transformer2DModel(Replacement, stock.Transformer2DModel):  # type: ignore
     ) -> Any:
         if active_settings(self) is not None and self.is_input_continuous:
             cross_attention_kwargs = tell_grid(self.transformer_blocks, hidden_states, cross_attention_kwargs)
+            if isinstance(cross_attention_kwargs, ToldKwargs) and torch.jit.is_tracing():
+                # the size becomes part of the trace, which must not cut another map into the windows of this one
+                hidden_states = hidden_states.expand(-1, -1, *map(int, hidden_states.shape[2:]))
         given: Any = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels, cross_attention_kwargs)
         return stock.Transformer2DModel.forward(self, hidden_states, *given, *args, **kwargs)
 

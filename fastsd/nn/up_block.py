@@ -7,7 +7,7 @@ from diffusers.models.unets import unet_2d_blocks as stock
 from torch import Tensor, nn
 
 from fastsd.nn.plain import why_not_plain, why_stock_everywhere
-from fastsd.nn.replacement import Replacement, active_settings, settings_of
+from fastsd.nn.replacement import Replacement, active_settings, call_as
 from fastsd.nn.resnet_block import ResnetBlock2D
 from fastsd.nn.skipped_resnet import SkippedResnet
 
@@ -28,8 +28,10 @@ def _runs_stock(block: nn.Module) -> bool:
 def _join(blocks: nn.ModuleList, index: int, x: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
     """``resnet(cat(x, skip), temb)``, without the concatenation where nobody else sees it."""
     resnet = blocks[index]
-    if settings_of(resnet) is not None and any(why_not_plain(blocks, str(index), c) is None for c in _TAKE_SKIPS):
-        return resnet(x, temb, skip=skip)
+    fast = type(resnet)
+    if fast in _TAKE_SKIPS and why_not_plain(blocks, str(index), fast) is None:
+        # stock would drop the skip without a word
+        return call_as(resnet, fast, x, temb, skip=skip)
     return resnet(torch.cat([x, skip], dim=1), temb)
 
 

@@ -16,14 +16,15 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastsd.nn.replacement import settings_of
+from fastsd.nn.replacement import call_as, settings_of
 from fastsd.patching.rule import registered_rules
 from fastsd.patching.survey import Finding, survey
 
 NO_OP = "between ops"
 _STEP = "fastsd.step"
 _MODULE = "fastsd.module."  # and where it is among the findings
-_CALL: Any = nn.Module.__call__
+_OF_MODULES: Any = nn.Module.__call__
+_CALLS = (_OF_MODULES.__code__, call_as.__code__)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _calls_recorded(findings: Iterable[Finding]) -> Iterator[None]:
     open_ranges: list[record_function | None] = []
 
     def see(frame: FrameType, event: str, _: object) -> None:
-        if frame.f_code is not _CALL.__code__:
+        if frame.f_code not in _CALLS:
             return
         if event == "call":
             name = names.get(id(frame.f_locals["self"]))

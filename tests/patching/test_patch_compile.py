@@ -162,3 +162,18 @@ def test_row_10_traced(name):
         given = stock.example(size, seed).values()
         assert_as_stock(traced(*given), stock(*given))
     assert "fastsd::" in str(traced.inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@torch.no_grad()
+def test_row_10_a_trace_of_gri_attention_is_of_one_map():
+    """Maps of as many tokens would else be cut into each other's windows."""
+    model = _Positional(fastsd.patch(build(), gri=fastsd.GRI(window=8, pool=4)))
+    traced = torch.jit.trace(model, tuple(model.example(16, 0).values()), check_trace=False)
+    given = model.example(16, 1)
+    assert_as_stock(traced(*given.values()), model(*given.values()))
+    given["sample"] = given["sample"].reshape(2, 4, 8, 32)
+    assert torch.isfinite(model(*given.values())).all()
+    with pytest.raises(RuntimeError, match="expanded size"):
+        traced(*given.values())

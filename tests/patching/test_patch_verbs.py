@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.models import load
+from fastsd.nn import gri_attention, transformer_block, up_block
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import cpu_memory, dispatch
 from tests.patching.models import Pipeline, assert_as_stock, assert_untouched, blocks, build, call, fast, fingerprint
@@ -156,6 +157,57 @@ def test_row_14_unpatched_while_it_runs(name, gri):
         with _After(count, lambda: fastsd.unpatch(model)):
             assert_as_stock(call(model), expected)
         assert torch.equal(call(fastsd.unpatch(model)), expected)
+
+
+class _AtLine:
+    """``act()`` when a line of the replaced modules' forwards runs for the first time; what lines there are."""
+
+    FILES = tuple(module.__file__ for module in (up_block, transformer_block, gri_attention))
+
+    def __init__(self, wanted, act):
+        self.wanted, self.act, self.seen = wanted, act, {}
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def _enter(self, frame, event, _):
+        return self._see if frame.f_code.co_filename in self.FILES else None
+
+    def _see(self, frame, event, _):
+        line = (frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and line not in self.seen:
+            self.seen[line] = None
+            if line == self.wanted:
+                self.act()
+        return self._see
+
+
+@pytest.mark.parametrize(("gri", "later"), [(None, FULL), (FULL, None)], ids=["plain", "gri"])
+@pytest.mark.parametrize("is_exchanged", [False, True], ids=["unpatched", "exchanged"])
+@torch.no_grad()
+def test_row_14_another_patch_while_it_runs(gri, later, is_exchanged):
+    """Between any two lines, where no operation of torch runs."""
+    model = build()
+    expected = call(model)
+
+    def act():
+        fastsd.unpatch(model)
+        if is_exchanged:
+            fastsd.patch(model, gri=later)
+
+    with _AtLine(None, None) as all_of_it:
+        call(fastsd.patch(model, gri=gri))
+    assert {path for path, _ in all_of_it.seen} == set(_AtLine.FILES)
+    for line in all_of_it.seen:
+        fastsd.patch(fastsd.unpatch(model), gri=gri)
+        with _AtLine(line, act):
+            assert_as_stock(call(model), expected)
+    assert torch.equal(call(fastsd.unpatch(model)), expected)
 
 
 _FORK = """
