@@ -96,11 +96,17 @@ def _as_text(time: StepTime, model: str, repeats: int) -> str:
             ),
             "",
             text_table(
-                ("op", "calls", "ms", "share"),
-                ((row.op, row.calls, _ms(row.seconds), _percent(row.share)) for row in large),
+                ("op", "calls", "ms", "share", "Gflop", "Gflop/s"),
+                ((row.op, row.calls, _ms(row.seconds), _percent(row.share), *_speed(row)) for row in large),
             ),
         )
     )
+
+
+def _speed(row: OpTime) -> tuple[str, str]:
+    if row.flops is None:
+        return "", ""
+    return f"{row.flops / 1e9:.1f}", f"{row.flops / 1e9 / row.seconds:.1f}"
 
 
 def _ms(seconds: float) -> str:

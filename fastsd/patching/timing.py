@@ -19,12 +19,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastsd.nn.replacement import call_as, settings_of
 from fastsd.patching.rule import registered_rules
 from fastsd.patching.survey import Finding, survey
+from fastsd_kernels.dispatch import Op
 
 NO_OP = "between ops"
 _STEP = "fastsd.step"
 _MODULE = "fastsd.module."  # and where it is among the findings
 _OF_MODULES: Any = nn.Module.__call__
 _CALLS = (_OF_MODULES.__code__, call_as.__code__)
+_RUN = Op.run.__code__
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,18 @@ class ModuleTime:
 
 @dataclass(frozen=True)
 class OpTime:
-    """All calls of one op that a module calls, with what the op calls in turn; :data:`NO_OP` is Python and waiting."""
+    """All calls of one op that a module calls, with what the op calls in turn; :data:`NO_OP` is Python and waiting.
+
+    Attributes:
+        flops: of an op of fastsd: multiplications and additions of the products in its definition, whatever algorithm
+            runs. None for an op without products, and for torch's.
+    """
 
     op: str
     calls: int
     seconds: float
     share: float
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,8 @@ def _timed(model: nn.Module, step: Callable[[], object], findings: list[Finding]
     device = next(model.parameters()).device
     is_on_card = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_on_card else [])]
-    with profile(activities=activities) as profiler, record_function(_STEP), _calls_recorded(findings):
+    flops: Counter[str] = Counter()
+    with profile(activities=activities) as profiler, record_function(_STEP), _calls_recorded(findings, flops):
         step()
 
     by_place: dict[str, float] = defaultdict(float)
@@ -139,17 +148,19 @@ def _timed(model: nn.Module, step: Callable[[], object], findings: list[Finding]
     for kind, own in of_kind.items():
         seconds = sum(by_place[name] for name in own)
         modules.append(ModuleTime(*kind, len(own), sum(calls[name] for name in own), seconds, seconds / total))
-    ops = [OpTime(op, calls[op], seconds, seconds / total) for op, seconds in by_op.items()]
+    ops = [OpTime(op, calls[op], seconds, seconds / total, flops.get(op)) for op, seconds in by_op.items()]
     return StepTime(str(device), total, _slowest_first(modules), _slowest_first(ops))
 
 
 @contextmanager
-def _calls_recorded(findings: Iterable[Finding]) -> Iterator[None]:
-    """Let the profiler see when each of the modules is called and when it returns."""
+def _calls_recorded(findings: Iterable[Finding], flops: Counter[str]) -> Iterator[None]:
+    """Let the profiler see when each of the modules is called and when it returns; count the ops' flops by name."""
     names = {id(finding.module): f"{_MODULE}{index}" for index, finding in enumerate(findings)}
     open_ranges: list[record_function | None] = []
 
-    def see(frame: FrameType, event: str, _: object) -> None:
+    def see(frame: FrameType, event: str, result: Any) -> None:
+        if frame.f_code is _RUN and event == "return":
+            count(frame.f_locals["self"], frame.f_locals["given"], result)
         if frame.f_code not in _CALLS:
             return
         if event == "call":
@@ -159,6 +170,11 @@ def _calls_recorded(findings: Iterable[Finding]) -> Iterator[None]:
             opened = open_ranges.pop()
             if opened is not None:
                 opened.__exit__(None, None, None)
+
+    def count(op: Op, given: tuple[Any, ...], result: Any) -> None:
+        # without a result an exception is on its way
+        if op.flops is not None and result is not None:
+            flops[f"fastsd::{op.name}"] += op.flops(*given, out_val=result)
 
     before = sys.getprofile()
     sys.setprofile(see)

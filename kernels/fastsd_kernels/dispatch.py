@@ -133,11 +133,7 @@ class Op:
             return args + defaults[len(args) :]
 
         def kernel(*given: Any) -> Tensor:
-            *args, backend = complete(given)
-            check(*args)
-            if forward_ad._current_level >= 0:
-                _refuse_tangents(name, args)
-            return self.choose(*args, backend=backend).module.run(*args)
+            return self.run(*complete(given))
 
         def fake_kernel(*given: Any) -> Tensor:
             *args, _ = complete(given)
@@ -164,6 +160,15 @@ class Op:
             _library.impl(name, _autocast(self.overload, device_type, dtype), f"Autocast{device_type.upper()}")
         self.flops = None if flops is None else count
         _registry[name] = self
+
+    def run(self, *given: Any) -> Tensor:
+        """What the dispatcher calls, with the arguments of the schema, ``backend`` included."""
+        *args, backend = given
+        self.check(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
+        result: Tensor = self.choose(*args, backend=backend).module.run(*args)
+        return result
 
     def __call__(self, *args: Any) -> Tensor:
         """The op on the arguments of its schema, ``backend`` included."""

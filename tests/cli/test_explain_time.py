@@ -1,6 +1,7 @@
 """``fastsd explain --time``: the step that is timed is the one that always runs, and each second counts once."""
 
 import json
+import re
 import sys
 import time
 from contextlib import suppress
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastsd
 from fastsd.cli import main
@@ -119,6 +121,25 @@ def test_the_op_has_what_its_backend_calls():
     assert "fastsd::resnet_block" in {row.op for row in timed.ops}
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", ["unet", "no_attention"])
+def test_flops_are_those_of_the_products_of_the_stock_model(name, backend):
+    """Whatever runs: Winograd's algorithms have fewer."""
+    model = build(name)
+    with FlopCounterMode(display=False) as counter:
+        step_of(model)()
+    convolution = torch.ops.aten.convolution
+    root, *of_the_root = (
+        counter.get_flop_counts()[name][convolution]
+        for name in ("Global", *(f"{type(model).__name__}.{conv}" for conv in ("conv_in", "conv_out")))
+    )
+    timed = time_step(fastsd.patch(model, backend=backend), step_of(model), repeats=1)
+    flops = {row.op: row.flops for row in timed.ops}
+    assert sum(flops.get(f"fastsd::{op}") or 0 for op in ("resnet_block", "conv2d")) == root - sum(of_the_root)
+    assert all(count is None for op, count in flops.items() if not op.startswith("fastsd::"))
+    assert flops.get("fastsd::group_norm_silu") is None
+
+
 def test_the_median_run_is_given(monkeypatch):
     lengths = iter((3.0, 1.0, 2.0, 9.0))
     monkeypatch.setattr(timing, "_timed", lambda *_: SimpleNamespace(seconds=next(lengths)))
@@ -181,8 +202,8 @@ def test_explain_time(capsys):
     assert summary.startswith("one step of UNet2DConditionModel on cpu: ")
     assert "inside replaced modules" in summary
     assert any(line.startswith("resnet_block ") and " replaced " in line for line in modules.splitlines())
-    # the last column; what is small is summed up
-    shares = [float(line.split()[-1].removesuffix("%")) for line in op_rows.splitlines()[2:]]
+    # what is small is summed up
+    shares = [float(re.search(r"([\d.]+)%", line)[1]) for line in op_rows.splitlines()[2:]]
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
     assert " others " in op_rows
 
@@ -194,7 +215,7 @@ def test_explain_time_json(capsys):
     timed = explained["time"]
     assert list(timed) == ["device", "seconds", "replaced_share", "fastsd_share", "modules", "ops"]
     assert {tuple(row) for row in timed["modules"]} == {("kind", "replaced", "modules", "calls", "seconds", "share")}
-    assert {tuple(row) for row in timed["ops"]} == {("op", "calls", "seconds", "share")}
+    assert {tuple(row) for row in timed["ops"]} == {("op", "calls", "seconds", "share", "flops")}
     assert 0 < timed["fastsd_share"] < timed["replaced_share"] < 1
 
 
