@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ def settings_of(module: nn.Module) -> Settings | None:
 def call_as(self: nn.Module, fast: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """``self(*args, **kwargs)`` by the forward of ``fast``, its class so far: another thread may give it the stock one.
 
-    For a module that nobody has put anything on (:func:`fastsd.nn.plain.why_not_plain`), which a call would run.
+    For a module that nobody has put anything on (:func:`fastsd.nn.plain.why_not_plain`), which a call would run. Who
+    watches calls of modules, as torch's profiler does, does not see this one; a compiler does, which notes for each
+    operation what module it is of.
     """
-    return fast.forward(self, *args, **kwargs)
+    return self(*args, **kwargs) if torch.compiler.is_compiling() else fast.forward(self, *args, **kwargs)
 
 
 class Replacement(nn.Module):

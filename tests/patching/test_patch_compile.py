@@ -107,6 +107,9 @@ def test_row_10_export(name, strict):
     program = torch.export.export(fastsd.patch(model), (), inputs, strict=strict)
     assert sum(fused_in(node.target, node.args, "norms") for node in program.graph.nodes) == norm_count(name)
     assert_as_stock(program.module()(**inputs)[0].double(), stock.double())
+    # each operation knows which residual block it is of
+    known = {module for node in program.graph.nodes for module in node.meta.get("nn_module_stack", {}).values()}
+    assert sum(str(kind).endswith("ResnetBlock2D") for _, kind in known) == block_count(name)
 
 
 @torch.no_grad()
