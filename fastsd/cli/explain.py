@@ -104,7 +104,7 @@ def _as_text(time: StepTime, model: str, repeats: int) -> str:
 
 
 def _speed(row: OpTime) -> tuple[str, str]:
-    if row.flops is None:
+    if row.flops is None or row.seconds == 0:  # on a card, of a call without kernels
         return "", ""
     return f"{row.flops / 1e9:.1f}", f"{row.flops / 1e9 / row.seconds:.1f}"
 

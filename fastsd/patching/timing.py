@@ -24,8 +24,7 @@ from fastsd_kernels.dispatch import Op
 NO_OP = "between ops"
 _STEP = "fastsd.step"
 _MODULE = "fastsd.module."  # and where it is among the findings
-_OF_MODULES: Any = nn.Module.__call__
-_CALLS = (_OF_MODULES.__code__, call_as.__code__)
+_CALLS = tuple(call.__code__ for call in (nn.Module.__call__, call_as))  # type: ignore[attr-defined]
 _RUN = Op.run.__code__
 
 
