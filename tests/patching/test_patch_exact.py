@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsd
+from tests.flops import flops_of, flops_without_hooks
 from tests.patching.models import (
     NAMES,
     assert_as_stock,
@@ -19,7 +20,6 @@ from tests.patching.models import (
     op_calls,
     relative_error,
 )
-from tests.proving.flops import flops_of, flops_without_hooks
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 

@@ -23,6 +23,7 @@ from fastsd.nn.transformer_block import BasicTransformerBlock as FastBlock
 from fastsd.patching.rules import TRANSFORMER_BLOCK
 from fastsd_kernels.gri_attention import op
 from fastsd_kernels.linear import cpu_speed
+from tests.flops import flops_of, flops_without_hooks
 from tests.patching.gri import LEVEL_0, MIDDLE, SMALL, approximate, gri_calls, ip_adapter, run, told, with_processors
 from tests.patching.models import (
     TINY,
@@ -34,7 +35,6 @@ from tests.patching.models import (
     fingerprint,
     relative_error,
 )
-from tests.proving.flops import flops_of, flops_without_hooks
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import fastsd_kernels
 from fastsd_kernels import cpu_runtime
 from fastsd_kernels.dispatch import Op
 from fastsd_kernels.testing import check_op, named
-from tests.proving.flops import flops_of
+from tests.flops import flops_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

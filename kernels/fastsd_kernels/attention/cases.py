@@ -8,6 +8,15 @@ import torch
 from fastsd_kernels.testing.inputs import BadSample, Sample, random_tensor
 from fastsd_kernels.testing.tokens import LAYOUTS, in_heads, tokens
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# several tiles of queries and of keys
+SMALL_TILES = {
+    "MOST_M": 32,
+    "MOST_N": 32,
+    "MOST_Q_ELEMENTS": 1,
+    "MOST_K_ELEMENTS": 1,
+}
+
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     """Every awkward input of the contract, small enough for an interpreter."""

@@ -9,6 +9,28 @@ from fastsd_kernels.cond_conv2d import STRATEGIES
 from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
 from fastsd_kernels.testing.inputs import BadSample, Sample, feature_map, feature_maps, random_tensor
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# tiles of positions and channels, the last of either ragged, several steps of routing, a mixture of some of the
+# samples in each program; what has no strategy mixes first
+SMALL_TILES = {
+    "conv2d.MOST_M": 16,
+    "conv2d.MOST_N": 16,
+    "conv2d.MOST_K": 16,
+    "conv2d.FEWEST_PROGRAMS": 24,
+    "conv2d.FEWEST_STEPS": 4,
+    "conv2d.SUM_M": 8,
+    "conv2d.SUM_N": 4,
+    "ACTIVATE_S": 16,
+    "ACTIVATE_C": 8,
+    "FEWEST_PROGRAMS": 24,
+    "ROUTE_C": 8,
+    "ROUTE_T": 2,
+    "ROUTE_K": 16,
+    "MIX_BLOCK": 256,
+    "FLOAT32_PRODUCTS_A_BYTE": 1,
+    "TILE_POSITIONS": 1,
+}
+
 _SAME = {"padding": 1}
 
 

@@ -7,6 +7,18 @@ import torch
 
 from fastsd_kernels.testing.inputs import BadSample, Sample, feature_map, feature_maps, random_tensor
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# several tiles of either kind, and splits that begin or end at the seam of x and skip
+SMALL_TILES = {
+    "MOST_M": 16,
+    "MOST_N": 16,
+    "MOST_K": 16,
+    "FEWEST_PROGRAMS": 24,
+    "FEWEST_STEPS": 4,
+    "SUM_M": 8,
+    "SUM_N": 4,
+}
+
 # Winograd's sums of products are not those of the definition: the contract gives it a bound of its own
 WINOGRAD_RELATIVE_L2 = 3e-5
 

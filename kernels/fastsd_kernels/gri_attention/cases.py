@@ -8,6 +8,19 @@ import torch
 from fastsd_kernels.testing.inputs import BadSample, Sample, random_tensor
 from fastsd_kernels.testing.tokens import LAYOUTS, tokens
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# several tiles of queries and of keys in each window, tiles of keys that are masked whole, cells added up in steps
+SMALL_TILES = {
+    "attention.MOST_M": 32,
+    "attention.MOST_N": 32,
+    "attention.MOST_Q_ELEMENTS": 1,
+    "attention.MOST_K_ELEMENTS": 1,
+    "POOLED_ELEMENTS": 32,
+}
+
+# As many keys as the CPU takes in several steps keep Triton's interpreter busy for a minute
+NOT_INTERPRETED = ("many_keys",)
+
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     """Every awkward input of the contract, small enough for an interpreter."""

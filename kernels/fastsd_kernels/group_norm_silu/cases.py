@@ -7,6 +7,18 @@ import torch
 
 from fastsd_kernels.testing.inputs import BadSample, Sample, feature_map, feature_maps, random_tensor
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# several tiles of channels and positions, and parts that are merged in steps
+SMALL_TILES = {
+    "MOST_CHANNELS_LAST": 4,
+    "MOST_CHANNELS_FIRST": 4,
+    "FEWEST_LANES": 16,
+    "MOST_LANES": 16,
+    "FEWEST_POSITIONS_FIRST": 4,
+    "MOST_PROGRAMS": 24,
+    "MOST_MERGED": 4,
+}
+
 
 def _parameters(channels: int, batch: int, **like: Any) -> dict[str, Any]:
     return {

@@ -8,6 +8,15 @@ import torch
 from fastsd_kernels.testing.inputs import BadSample, Sample, random_tensor
 from fastsd_kernels.testing.tokens import LAYOUTS, in_heads
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# several tiles of rows, of features, of channels, and of the channels of the moments
+SMALL_TILES = {
+    "MOST_M": 16,
+    "MOST_N": 16,
+    "MOST_K": 16,
+    "MOMENTS_K": 16,
+}
+
 
 def _weight(out: int, channels: int, **like: Any) -> torch.Tensor:
     return random_tensor((out, channels), **like, seed=5) * channels**-0.5

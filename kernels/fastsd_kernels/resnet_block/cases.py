@@ -8,6 +8,20 @@ import torch
 from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
 from fastsd_kernels.testing.inputs import BadSample, Sample, feature_map, feature_maps, random_tensor
 
+# Constants of the Triton backend with which these samples take the paths of large inputs:
+# many tiles of positions, the last one ragged, products that are split, moments merged in steps
+SMALL_TILES = {
+    "conv2d.MOST_M": 16,
+    "conv2d.MOST_N": 16,
+    "conv2d.MOST_K": 16,
+    "conv2d.FEWEST_PROGRAMS": 24,
+    "conv2d.FEWEST_STEPS": 6,
+    "conv2d.SUM_M": 8,
+    "conv2d.SUM_N": 4,
+    "MOST_MERGED": 4,
+    "MOST_CHANNELS": 2,
+}
+
 
 def block(channels: int, out_channels: int, num_groups: int, **like: Any) -> dict[str, Any]:
     """The parameters of a block, without time embedding; a shortcut where the numbers of channels differ."""

@@ -4,7 +4,7 @@ The test suite, ``opcheck`` and ``fastsd doctor`` all draw from here. A new op w
 ``samples(device, dtype)`` and ``bad_samples(device)``, built from :mod:`fastsd_kernels.testing.inputs`.
 """
 
-from fastsd_kernels.testing.contract import ContractViolation, assert_contract, check_op
+from fastsd_kernels.testing.contract import ContractViolation, assert_contract, check_op, check_result
 from fastsd_kernels.testing.inputs import BadSample, Sample, feature_map, feature_maps, named
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Sample",
     "assert_contract",
     "check_op",
+    "check_result",
     "feature_map",
     "feature_maps",
     "named",

@@ -1,6 +1,7 @@
 """The numerical contract: how far an op may be from its reference, and how that is checked."""
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,13 +68,24 @@ def check_op(op: "Op", sample: Sample, backend: str | None) -> None:
         ContractViolation: the result is outside the contract.
         BackendUnavailable: the backend refuses the sample.
     """
-    function = getattr(importlib.import_module("fastsd_kernels"), op.name)
-    actual = function(**sample.kwargs, backend=backend)
-    plain = function(**sample.kwargs, backend="reference")
-    exact = function(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
+    check_result(op, sample, _function(op)(**sample.kwargs, backend=backend))
+
+
+def check_result(op: "Op", sample: Sample, actual: Tensor) -> None:
+    """Hold to the contract what a backend returned for a sample.
+
+    Raises:
+        ContractViolation: the result is outside the contract, or has other strides than the reference's.
+    """
+    plain = _function(op)(**sample.kwargs, backend="reference")
+    exact = _function(op)(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
     if actual.shape == plain.shape and _strides(actual) != _strides(plain):
         raise ContractViolation(f"expected strides {plain.stride()}; got {actual.stride()}")
     assert_contract(actual, exact, plain, sample.relative_l2)
+
+
+def _function(op: "Op") -> Callable[..., Tensor]:
+    return getattr(importlib.import_module("fastsd_kernels"), op.name)
 
 
 def _strides(tensor: Tensor) -> list[int]:

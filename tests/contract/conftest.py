@@ -1,0 +1,43 @@
+"""Kernels are tested on poisoned memory, and a failure says how to repeat it."""
+
+import pytest
+import torch
+
+from tests.contract import covering
+from tests.runners import RUNNERS
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty_memory():
+    """Whatever torch.empty hands out is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # turns torch.utils.deterministic's filling on
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def pytest_generate_tests(metafunc):
+    """``case``: what covers each runner, or everything."""
+    if "case" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        chosen = [case for runner in RUNNERS.values() for case in covering.cases(runner, full=full)]
+        marks = {"cuda": pytest.mark.gpu}
+        metafunc.parametrize(
+            "case", [pytest.param(case, id=str(case), marks=marks.get(case.runner.device, ())) for case in chosen]
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("to repeat it, whatever the commit", f"python -m pytest --full '{item.nodeid}'"))
+    return report
+
+
+def pytest_report_header(config):
+    return [
+        f"samples: {'all combinations' if config.getoption('--full') else 'pairs'}, FASTSD_TEST_SEED={covering.seed()}",
+        *(f"runner {runner.name}: {why}" for runner in RUNNERS.values() if (why := runner.unavailable())),
+    ]
