@@ -186,31 +186,44 @@ def _harness_library() -> Path:
 def _library(source: str, defines: tuple[str, ...]) -> Path:
     """The library of one variant. Its key takes a preprocessor run, so it is kept, by what that run reads."""
     text = _read(source)
+    macros = "".join(f"#define {define.replace('=', ' ', 1)}\n" for define in defines)
     table = "\n".join(f'    fastsd::host::kernel<{name}>("{name}"),' for name in _KERNEL.findall(text))
     unit = (
-        f'#include "{source}"\n#include "library.hpp"\n\n'
+        f'{macros}#include "{source}"\n#include "library.hpp"\n\n'
         f'extern "C" const fastsd::host::Kernel fastsd_kernels[];\n'
         f"const fastsd::host::Kernel fastsd_kernels[] = {{\n{table}\n    {{}},\n}};\n"
     )
-    flags = (*_COMMON_FLAGS, *(_SANITIZER_FLAGS if _SANITIZE else _WATCHED_FLAGS))
-    macros = (*_includes(), *(f"-D{define}" for define in defines))
-    stem = Path(source).stem
+    stem, flags = Path(source).stem, _kernel_flags()
 
     def write_key(path: Path) -> None:
-        preprocessed = _run([_compiler(), "-E", "-x", "c++", *flags, *macros, "-"], unit)
+        # with line numbers, which reports quote
+        preprocessed = _run([_compiler(), "-E", "-x", "c++", *flags, "-"], unit)
         path.write_text(artefacts.digest(preprocessed, flags, _compiler_version()))
 
-    read = artefacts.digest(_ingredients(), text, unit, flags, macros)
+    read = artefacts.digest(_ingredients(), text, unit, flags)
     key = artefacts.artefact("host", f"{stem}-{read}.key", write_key).read_text()
 
     def compile_unit(path: Path) -> None:
         written, compiled = path.with_suffix(".cpp"), path.with_suffix(".o")
         written.write_text(unit)
-        _compile(compiled, ["-c", *flags, *macros, str(written)])
+        _compile(compiled, ["-c", *flags, "-include", str(_precompiled_headers().with_suffix("")), str(written)])
         # without -fsanitize=thread, which would bring ThreadSanitizer's own runtime
         _compile(path, ["-shared", *(flags if _SANITIZE else ()), str(compiled)])
 
     return artefacts.artefact("host", f"{stem}-{key}.so", compile_unit)
+
+
+def _precompiled_headers() -> Path:
+    """Half of a variant's compilation: CUDA's headers and the harness's own, none of which sees a variant's macros."""
+    flags = _kernel_flags()
+    unit = '#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include "cuda_on_host.hpp"\n#include "kernel_table.hpp"\n'
+
+    def precompile(path: Path) -> None:
+        header = path.with_suffix("")
+        header.write_text(unit)
+        _compile(path, ["-x", "c++-header", *flags, str(header)])
+
+    return artefacts.artefact("host", f"headers-{artefacts.digest(_ingredients(), unit, flags)}.hpp.gch", precompile)
 
 
 def _compile(target: Path, arguments: Sequence[str]) -> None:
@@ -251,6 +264,10 @@ def _compiler() -> str:
 @functools.cache
 def _compiler_version() -> str:
     return _run([_compiler(), "--version"])
+
+
+def _kernel_flags() -> tuple[str, ...]:
+    return (*_COMMON_FLAGS, *(_SANITIZER_FLAGS if _SANITIZE else _WATCHED_FLAGS), *_includes())
 
 
 def _includes() -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """The host harness: it computes what a card computes, and it catches the errors that it is there to catch."""
 
+import re
+
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ for line in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         to = torch.zeros(8)
-        probes.launch(kernel, grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=int(shared_bytes), args=[to, int(index)])
+        args = [to, int(index), 1] if "shared" in kernel else [torch.zeros(8), to, int(index), 1]
+        probes.launch(kernel, grid=(1, 1, 1), block=(1, 1, 1), shared_bytes=int(shared_bytes), args=args)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     print(line, "caught" if status else "finished", flush=True)
@@ -80,29 +83,121 @@ def test_launch_limits(probes, grid, block, shared_bytes, says):
         probes.launch("barrier_for_some", grid=grid, block=block, shared_bytes=shared_bytes, args=[2000])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_barrier(probes, seed):
-    to = torch.full((64,), torch.nan)
-    run(probes, "neighbour", to, 1, block=64, shared_bytes=256, seed=seed)
-    assert torch.equal(to, (torch.arange(64.0) + 1) % 64)
+# kernel, arguments behind the tensors, threads of a block, blocks: the lines of the two accesses
+RACES = {
+    "no barrier": ("neighbour", [0], 64, 1, "neighbour.write", "neighbour.read"),
+    "a barrier too early": ("neighbour", [2], 64, 1, "neighbour.write", "neighbour.read"),
+    "no barrier of the warp": ("neighbour", [0], 32, 1, "neighbour.write", "neighbour.read"),
+    "a barrier of the warp for the block": ("neighbour", [3], 64, 1, "neighbour.write", "neighbour.read"),
+    "a barrier of half the warp": ("neighbour", [4], 32, 1, "neighbour.write", "neighbour.read"),
+    "a shuffle for a barrier": ("neighbour", [5], 32, 1, "neighbour.write", "neighbour.read"),
+    "a write over what others read": ("overwrite", [0], 64, 1, "overwrite.write", "overwrite.read"),
+    "a write over what other lanes read": ("overwrite", [0], 32, 1, "overwrite.write", "overwrite.read"),
+    "stores of 2 bytes": ("exchange_vectors", [1, 0], 32, 1, "exchange.write", "exchange.read"),
+    "stores of 4 bytes": ("exchange_vectors", [2, 0], 32, 1, "exchange.write", "exchange.read"),
+    "stores of 8 bytes": ("exchange_vectors", [4, 0], 32, 1, "exchange.write", "exchange.read"),
+    "stores of 16 bytes": ("exchange_vectors", [8, 0], 32, 1, "exchange.write", "exchange.read"),
+    "two blocks write a byte": ("blocks_meet", [1], 1, 3, "blocks.write", "blocks.write"),
+    "a block reads another's byte": ("blocks_meet", [2], 1, 3, "blocks.write", "blocks.read"),
+    "no wait": ("copies", [1], 32, 1, "copies.copy", "copies.read"),
+    "a wait behind the barrier": ("copies", [2], 64, 1, "copies.copy", "copies.read"),
+    "a copy that its thread reads": ("copies", [3], 32, 1, "copies.copy", "copies.early_read"),
+    "a write to what is copied": ("copies", [4], 32, 1, "copies.copy", "copies.write"),
+    "a copy onto what others read": ("stages", [0], 64, 1, "stages.copy", "stages.read"),
+    "a copy for other lanes": ("copy_for_the_warp", [0], 32, 1, "warp.copy", "warp.read"),
+}
+# the last of the arguments that makes it right
+RIGHT = {
+    "neighbour": ([1], 64),
+    "neighbour of one warp": ([3], 32),
+    "overwrite": ([1], 64),
+    **{f"exchange_vectors of {width}": ([width, 1], 64) for width in (1, 2, 4, 8)},
+    "blocks_meet": ([0], 1),
+    "copies": ([0], 64),
+    "stages": ([1], 64),
+    "copy_for_the_warp": ([1], 32),
+}
+REPORT = re.compile(
+    r"(?P<kernel>\w+), block \(\d, 0, 0\): race on bytes \d+ to \d+ of .*: "
+    r"thread (?P<thread>\d+) (?:reads|writes) in probes\.cu:(?P<line>\d+); "
+    r"(?:the asynchronous copy (?:to|from) there that )?thread (?P<other_thread>\d+)(?P<block> of block \d)? "
+    r"(?:read|wrote|started) in probes\.cu:(?P<other_line>\d+)"
+)
+
+
+def meet(probes, kernel, args, block, grid, seed):
+    tensors = [torch.ones(1024), torch.zeros(1024)] if kernel in ("copies", "stages", "copy_for_the_warp") else []
+    dtype = {"exchange_vectors": torch.float16, "blocks_meet": torch.uint8}.get(kernel, torch.float32)
+    tensors = tensors or [torch.zeros(1024, dtype=dtype)]
+    run(probes, kernel, *tensors, *args, grid=grid, block=block, shared_bytes=4096, seed=seed)
+
+
+def line_of(mark):
+    lines = (host.HARNESS / "probes.cu").read_text().splitlines()
+    (line,) = [number for number, text in enumerate(lines, 1) if text.endswith(f"// {mark}")]
+    return line
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_missing_barrier_shows(probes, seed):
-    to = torch.zeros(64)
-    run(probes, "neighbour", to, 0, block=64, shared_bytes=256, seed=seed)
-    assert to.isnan().any()
+@pytest.mark.parametrize("mistake", RACES)
+def test_races_are_reported(probes, mistake, seed):
+    kernel, args, block, grid, *marks = RACES[mistake]
+    with pytest.raises(RuntimeError, match="race") as error:
+        meet(probes, kernel, args, block, grid, seed)
+    report = REPORT.match(str(error.value))
+    assert report, str(error.value)
+    assert report["kernel"] == kernel
+    assert sorted([int(report["line"]), int(report["other_line"])]) == sorted(map(line_of, marks))
+    # a thread can race with its own copy
+    assert kernel == "copies" or report["thread"] != report["other_thread"] or report["block"]
+    meet(probes, "neighbour", [1], 64, 1, seed)  # the harness is as new afterwards
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("with_barrier", [False, True])
-def test_warps_run_ahead_of_each_other(probes, with_barrier, seed):
-    to = torch.zeros(96)
-    run(probes, "neighbour_warp", to, int(with_barrier), block=96, shared_bytes=384, seed=seed)
-    assert torch.equal(to, (torch.arange(96.0) + 32) % 96) == with_barrier
-    # the warp that runs first reads before any other writes
-    first = to[64:] if reverse else to[:32]
-    assert first.isnan().all() != with_barrier
+@pytest.mark.parametrize("name", RIGHT)
+def test_ordered_accesses_pass(probes, name, seed):
+    args, block = RIGHT[name]
+    meet(probes, name.split()[0], args, block, 3 if name == "blocks_meet" else 1, seed)
+
+
+def test_seeds(probes):
+    def report(seed):
+        with pytest.raises(RuntimeError, match="race") as error:
+            meet(probes, "blocks_meet", [1], 1, 8, seed)
+        return str(error.value)
+
+    assert "block (1, 0, 0)" in report(0)
+    assert "thread 0 of block 0 wrote" in report(0)
+    assert "block (6, 0, 0)" in report(1)
+    assert "thread 0 of block 7 wrote" in report(1)
+    assert [report(seed) for seed in range(2, 12)] == [report(seed) for seed in range(2, 12)]
+    assert len({report(seed) for seed in range(2, 12)}) > 4
+
+
+@pytest.mark.parametrize("write", [0, 1])
+@pytest.mark.parametrize("index", [-1, 8])
+@pytest.mark.parametrize("memory", ["global", "dynamic_shared", "static_shared"])
+def test_accesses_out_of_bounds(probes, memory, index, write):
+    def access(index):
+        to, storage = torch.zeros(1), torch.ones(8)
+        # a tensor's storage is all that is known: its other elements are in bounds
+        args = [storage[2:3], to, index - 2, write] if memory == "global" else [to, index, write]
+        run(probes, f"access_{memory}", *args, block=1, shared_bytes=32)
+
+    access(0), access(7)
+    mark = f"{memory.split('_')[0]}.{'write' if write else 'read'}"
+    says = (
+        rf"access_{memory}, block \(0, 0, 0\): thread 0 {mark.split('.')[1]}s 4 bytes outside every tensor and shared "
+        rf"memory in probes\.cu:{line_of(mark)}: byte {4 * index} of .*, which has 32"
+    )
+    with pytest.raises(RuntimeError, match=says):
+        access(index)
+
+
+def test_constants_may_be_read(probes):
+    to = torch.zeros(4)
+    run(probes, "read_constants", to, 1, block=4)
+    assert to.tolist() == [2, 4, 8, 1]
 
 
 def test_barrier_that_some_threads_miss(probes):
@@ -170,17 +265,9 @@ def test_silu(probes):
 def test_copies(probes, seed):
     x = torch.randn(2, 32, 4)
     to = torch.full_like(x, torch.nan)
-    run(probes, "copies", x, to, 1, shared_bytes=1024, seed=seed)
+    run(probes, "copies", x, to, 0, shared_bytes=1024, seed=seed)
     x[1, 1::2] = 0
     assert torch.equal(to, x)
-
-
-def test_missing_wait_shows(probes):
-    x = torch.randn(2, 32, 4)
-    to = torch.full_like(x, torch.nan)
-    run(probes, "copies", x, to, 0, shared_bytes=1024, seed=1)
-    assert torch.equal(to[0], x[0])
-    assert to[1].isnan().all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -189,15 +276,6 @@ def test_stages(probes, seed):
     to = torch.full_like(x, torch.nan)
     run(probes, "stages", x, to, 1, block=64, shared_bytes=2048, seed=seed)
     assert torch.equal(to, x.roll(-32, 1))
-
-
-def test_copy_onto_what_others_still_read_shows(probes):
-    x = torch.randn(3, 64, 4)
-    to = torch.full_like(x, torch.nan)
-    run(probes, "stages", x, to, 0, block=64, shared_bytes=2048)
-    # the first warp had read its part before it copied the third tile over the first
-    assert torch.equal(to[0, :32], x[0, 32:])
-    assert torch.equal(to[0, 32:], x[2, :32])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -213,7 +291,7 @@ def test_tensor_cores(probes, dtype, seed):
 
 def test_shared_memory_is_poisoned_before_each_block(probes):
     for _ in range(2):
-        to = torch.zeros(2)
+        to = torch.zeros(6)
         run(probes, "read_unwritten_shared", to, grid=3, block=1, shared_bytes=4)
         assert to.isnan().all()
 
@@ -233,9 +311,9 @@ def test_misaligned_vector(probes):
 
 def test_sanitizer_catches_planted_writes():
     reports = {
-        "write_global": (0, "heap-buffer-overflow"),
-        "write_dynamic_shared": (32, "heap-buffer-overflow"),
-        "write_static_shared": (0, "global-buffer-overflow"),
+        "access_global": (0, "heap-buffer-overflow"),
+        "access_dynamic_shared": (32, "heap-buffer-overflow"),
+        "access_static_shared": (0, "global-buffer-overflow"),
     }
     lines = [f"{kernel} {index} {shared}" for kernel, (shared, _) in reports.items() for index in (7, 8)]
     done = host.run_sanitized(PLANTED, *lines)
