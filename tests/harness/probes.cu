@@ -162,7 +162,7 @@ extern "C" __global__ void activations(const float* from, float* to) {
 
 // to [2, 4 · threads]: two groups of copies. An odd thread's second copy is not valid and gives zeros. `mistake`: 1, no
 // wait for the second group; 2, a wait behind the barrier; 3, a thread reads what it copies before it waits; 4, it
-// writes what is being copied.
+// writes what is being copied; 5, all wait behind the barrier, before any reads.
 extern "C" __global__ void copies(float* from, float* to, i64 mistake) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = threadIdx.x, half = 4 * blockDim.x;
@@ -173,9 +173,10 @@ extern "C" __global__ void copies(float* from, float* to, i64 mistake) {
   if (mistake == 3) to[thread] = shared[half + 4 * thread];                 // copies.early_read
   if (mistake == 4 && thread % 2 == 0) from[half + 4 * thread + 3] = 1.0f;  // copies.write
   cp_async_wait<1>();
-  if (mistake != 1 && mistake != 2) cp_async_wait<0>();
+  if (mistake != 1 && mistake != 2 && mistake != 5) cp_async_wait<0>();
   __syncthreads();
-  if (mistake == 2) cp_async_wait<0>();
+  if (mistake == 2 || mistake == 5) cp_async_wait<0>();
+  if (mistake == 5) __shfl_sync(kAllLanes, 1.0f, 0);
   for (int i = thread; i < 2 * half; i += blockDim.x) to[i] = shared[i];  // copies.read
 }
 

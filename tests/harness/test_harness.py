@@ -101,6 +101,7 @@ RACES = {
     "a block reads another's byte": ("blocks_meet", [2], 1, 3, "blocks.write", "blocks.read"),
     "no wait": ("copies", [1], 32, 1, "copies.copy", "copies.read"),
     "a wait behind the barrier": ("copies", [2], 64, 1, "copies.copy", "copies.read"),
+    "waits of all lanes behind the barrier": ("copies", [5], 32, 1, "copies.copy", "copies.read"),
     "a copy that its thread reads": ("copies", [3], 32, 1, "copies.copy", "copies.early_read"),
     "a write to what is copied": ("copies", [4], 32, 1, "copies.copy", "copies.write"),
     "a copy onto what others read": ("stages", [0], 64, 1, "stages.copy", "stages.read"),
