@@ -195,18 +195,20 @@ __device__ inline void cp_async_wait() {
 template <bool kTranspose = false>
 __device__ inline void ldmatrix_x4(u32 (&matrices)[4], const void* row) {
 #ifdef FASTSD_HOST
-  using Row = const unsigned short*;
+  struct Row {
+    unsigned short elements[8];
+  };
   host::require_aligned(row, 16);
-  const auto rows = host::gather("ldmatrix", kAllLanes, static_cast<Row>(row));
+  Row own;
+  memcpy(&own, row, sizeof(own));
+  const auto rows = host::gather("ldmatrix", kAllLanes, own);
   const int lane = threadIdx.x % kWarp, across = lane / 4, along = lane % 4 * 2;
   for (int i = 0; i < 4; ++i) {
     const Row* matrix = &rows[8 * i];
-    const u32 low = kTranspose ? matrix[along][across] : matrix[across][along];
-    const u32 high = kTranspose ? matrix[along + 1][across] : matrix[across][along + 1];
+    const u32 low = kTranspose ? matrix[along].elements[across] : matrix[across].elements[along];
+    const u32 high = kTranspose ? matrix[along + 1].elements[across] : matrix[across].elements[along + 1];
     matrices[i] = low | high << 16;
   }
-  // no lane may overwrite the rows while another still reads them
-  host::gather("ldmatrix", kAllLanes, 0);
 #else
   const u32 from = static_cast<u32>(__cvta_generic_to_shared(row));
   u32(&m)[4] = matrices;
@@ -233,11 +235,13 @@ __device__ inline void mma_m16n8k16(float (&sum)[4], const u32 (&a)[4], const u3
   static_assert(kSame<Element, __half> || kSame<Element, __nv_bfloat16>, "Element is __half or __nv_bfloat16");
 #ifdef FASTSD_HOST
   struct Fragments {
-    Element a[4][2], b[2][2];
+    float a[4][2], b[2][2];
   };
+  Element elements[6][2];
+  memcpy(elements, a, sizeof(a));
+  memcpy(elements + 4, b, sizeof(b));
   Fragments own;
-  memcpy(own.a, a, sizeof(own.a));
-  memcpy(own.b, b, sizeof(own.b));
+  for (int i = 0; i < 12; ++i) (i < 8 ? own.a[i / 2] : own.b[i / 2 - 4])[i % 2] = to_float(elements[i / 2][i % 2]);
   const auto all = host::gather("mma_m16n8k16", kAllLanes, own);
   const int lane = threadIdx.x % kWarp;
   for (int i = 0; i < 4; ++i) {
@@ -245,7 +249,7 @@ __device__ inline void mma_m16n8k16(float (&sum)[4], const u32 (&a)[4], const u3
     for (int k = 0; k < 16; ++k) {
       const Fragments& of_a = all[row % 8 * 4 + k % 8 / 2];
       const Fragments& of_b = all[column * 4 + k % 8 / 2];
-      sum[i] += to_float(of_a.a[row / 8 + k / 8 * 2][k % 2]) * to_float(of_b.b[k / 8][k % 2]);
+      sum[i] += of_a.a[row / 8 + k / 8 * 2][k % 2] * of_b.b[k / 8][k % 2];
     }
   }
 #else

@@ -14,7 +14,7 @@ from fastsd_kernels import cond_conv2d
 from fastsd_kernels.cond_conv2d import cases, cuda_impl, op
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.testing import Sample, assert_contract, check_op, named
-from tests.proving import host
+from tests.harness import host
 
 DTYPES = (torch.float16, torch.bfloat16)
 ALL = list(cases.samples("cpu", torch.float32))
@@ -142,7 +142,7 @@ def assert_right(sample, multiprocessors=MULTIPROCESSORS):
     plain = cond_conv2d(**sample.kwargs, backend="reference")
     exact = cond_conv2d(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
     assert_contract(actual, exact, plain)
-    again = compute(sample, functools.partial(host.launch, reverse=True), multiprocessors)
+    again = compute(sample, functools.partial(host.launch, seed=1), multiprocessors)
     torch.testing.assert_close(again, actual, rtol=0, atol=0, equal_nan=True)
 
 

@@ -18,7 +18,7 @@ from fastsd_kernels import conv2d
 from fastsd_kernels.conv2d import cases, composed, cuda_impl, measured, op
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.testing import Sample, assert_contract, check_op, feature_map, named
-from tests.proving import host
+from tests.harness import host
 
 DEFAULTS: dict[str, Any] = {
     "bias": None,
@@ -167,7 +167,7 @@ def assert_right(sample, multiprocessors=MULTIPROCESSORS):
     plain = conv2d(**sample.kwargs, backend="reference")
     exact = conv2d(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
     assert_contract(actual, exact, plain)
-    again = compute(sample, functools.partial(host.launch, reverse=True), multiprocessors)
+    again = compute(sample, functools.partial(host.launch, seed=1), multiprocessors)
     torch.testing.assert_close(again, actual, rtol=0, atol=0, equal_nan=True)
 
 

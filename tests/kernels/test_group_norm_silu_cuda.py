@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from fastsd_kernels import group_norm_silu
 from fastsd_kernels.group_norm_silu import cases, cuda_impl, op
 from fastsd_kernels.testing import Sample, assert_contract, check_op, feature_map, named
-from tests.proving import host
+from tests.harness import host
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
@@ -95,7 +95,7 @@ def assert_right(sample, multiprocessors=MULTIPROCESSORS):
     plain = group_norm_silu(**straight.kwargs, backend="reference")
     exact = group_norm_silu(**straight.map_tensors(Tensor.double).kwargs, backend="reference")
     assert_contract(actual, exact, plain)
-    again = compute(sample, functools.partial(host.launch, reverse=True), multiprocessors)
+    again = compute(sample, functools.partial(host.launch, seed=1), multiprocessors)
     torch.testing.assert_close(again, actual, rtol=0, atol=0, equal_nan=True)
 
 

@@ -15,7 +15,7 @@ from fastsd_kernels.conv2d import measured
 from fastsd_kernels.layout import is_channels_last, is_dense
 from fastsd_kernels.resnet_block import cases, cuda_impl, op
 from fastsd_kernels.testing import Sample, assert_contract, check_op, feature_map, named
-from tests.proving import host
+from tests.harness import host
 
 DTYPES = (torch.float16, torch.bfloat16)
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
@@ -121,7 +121,7 @@ def assert_right(sample, multiprocessors=MULTIPROCESSORS):
     plain = resnet_block(**sample.kwargs, backend="reference")
     exact = resnet_block(**sample.map_tensors(Tensor.double).kwargs, backend="reference")
     assert_contract(actual, exact, plain)
-    again = compute(sample, functools.partial(host.launch, reverse=True), multiprocessors)
+    again = compute(sample, functools.partial(host.launch, seed=1), multiprocessors)
     torch.testing.assert_close(again, actual, rtol=0, atol=0, equal_nan=True)
 
 

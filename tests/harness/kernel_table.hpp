@@ -1,10 +1,16 @@
 // A kernel as the harness calls it: by name, with arguments whose kinds are known at run time.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
 namespace fastsd::host {
+
+struct Bytes {
+  char* first;
+  size_t size;
+};
 
 union Argument {
   void* pointer;

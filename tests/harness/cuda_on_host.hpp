@@ -15,8 +15,12 @@
 
 #define __launch_bounds__(...)
 
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
+// inlined, a line that is at fault is known with the line of the kernel that it was inlined into
+#undef __device__
+#define __device__ __attribute__((always_inline))
+
+// They do not change as long as a thread runs: the compiler may know that, and need not have reads of them watched.
+extern const uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastsd::host {
 
@@ -28,6 +32,9 @@ void barrier(const char* file, int line);
 // Waits for the lanes of `mask`, then copies the value of each, in the order of lanes, to `values`.
 // Lanes outside `mask` come as 0xff bytes.
 void gather_bytes(const char* operation, unsigned mask, const void* value, size_t bytes, void* values);
+
+// Waits for the lanes of `mask`, and orders what they did before what they do next.
+void order_lanes(unsigned mask);
 
 void copy_later(void* to, const void* from, size_t bytes, bool valid);
 void commit_copies();
@@ -62,7 +69,7 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  fastsd::host::gather("__syncwarp", mask, 0);
+  fastsd::host::order_lanes(mask);
 }
 
 template <class Value>

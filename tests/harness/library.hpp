@@ -1,7 +1,9 @@
 // Ends every library of kernels: where its static shared memory lies.
 #pragma once
 
-#include "block.hpp"
+#include <cstddef>
+
+#include "kernel_table.hpp"
 
 // set by the linker; null in a library that has no such section
 extern "C" char __start_fastsd_shared[] __attribute__((weak, visibility("hidden")));

@@ -15,31 +15,40 @@ extern "C" __global__ void scale(const float* from, float* to, i64 count, float 
   if (i < count) to[i] = from == nullptr ? factor : from[i] * factor;
 }
 
-// ---- memory errors
+// ---- memory errors; what is read or written is one element of 8
 
-extern "C" __global__ void write_global(float* to, i64 index) {
-  to[index] = 1.0f;
+extern "C" __global__ void access_global(float* from, float* to, i64 index, i64 write) {
+  if (write) from[index] = 1.0f;  // global.write
+  to[0] = from[index];            // global.read
 }
 
-extern "C" __global__ void write_dynamic_shared(float* to, i64 index) {
+extern "C" __global__ void access_dynamic_shared(float* to, i64 index, i64 write) {
   float* shared = reinterpret_cast<float*>(shared_memory());
-  shared[index] = 1.0f;
-  to[0] = shared[index];
+  if (write) shared[index] = 1.0f;  // dynamic.write
+  to[0] = shared[index];            // dynamic.read
 }
 
-extern "C" __global__ void write_static_shared(float* to, i64 index) {
+extern "C" __global__ void access_static_shared(float* to, i64 index, i64 write) {
   __shared__ float shared[8];
-  float* at = shared;  // the bounds of an array are UBSan's matter, those of its memory AddressSanitizer's
-  at[index] = 1.0f;
-  to[0] = at[index];
+  float* at = shared;           // the bounds of an array are UBSan's matter, those of its memory AddressSanitizer's
+  if (write) at[index] = 1.0f;  // static.write
+  to[0] = at[index];            // static.read
 }
 
-// to[0] and to[1] become what dynamic and static shared memory hold when a block begins; then both are written.
+constexpr float kTable[4] = {1.0f, 2.0f, 4.0f, 8.0f};
+
+extern "C" __global__ void read_constants(float* to, i64 first) {
+  const float* table = kTable;
+  to[threadIdx.x] = table[(first + threadIdx.x) % 4];
+}
+
+// Two of `to` for each block become what dynamic and static shared memory hold when a block begins; then both are
+// written.
 extern "C" __global__ void read_unwritten_shared(float* to) {
   __shared__ float fixed;
   float* dynamic = reinterpret_cast<float*>(shared_memory());
-  to[0] = *dynamic;
-  to[1] = fixed;
+  to[2 * blockIdx.x] = *dynamic;
+  to[2 * blockIdx.x + 1] = fixed;
   *dynamic = fixed = 1.0f;
 }
 
@@ -51,23 +60,55 @@ extern "C" __global__ void load_misaligned(const float* from, float* to, i64 off
 
 // ---- barriers
 
-// Each thread reads its neighbour's value; without the barrier some read what nobody has written yet.
-extern "C" __global__ void neighbour(float* to, i64 with_barrier) {
+// Each thread reads its neighbour's value. Between are: 0, nothing; 1, a barrier; 2, one that comes too early; 3, one
+// of the warp; 4, one of its lower and one of its upper half; 5, a shuffle.
+extern "C" __global__ void neighbour(float* to, i64 between) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = threadIdx.x, threads = blockDim.x;
-  shared[thread] = thread;
-  if (with_barrier) __syncthreads();
-  to[thread] = shared[(thread + 1) % threads];
+  if (between == 2) __syncthreads();
+  shared[thread] = thread;  // neighbour.write
+  if (between == 1) __syncthreads();
+  if (between == 3) __syncwarp();
+  if (between == 4) __syncwarp(thread % kWarp < 16 ? 0x0000ffffu : 0xffff0000u);
+  if (between == 5) __shfl_sync(kAllLanes, 1.0f, 0);
+  to[thread] = shared[(thread + 1) % threads];  // neighbour.read
 }
 
-// Each thread reads what one of the next warp wrote.
-extern "C" __global__ void neighbour_warp(float* to, i64 with_barrier) {
-  float* shared = reinterpret_cast<float*>(shared_memory());
+// All threads read the first thread's value and that overwrites it, with a barrier before, if `barrier`.
+extern "C" __global__ void overwrite(float* to, i64 barrier) {
+  __shared__ float value;
+  const int thread = threadIdx.x;
+  if (thread == 0) value = 1.0f;
+  __syncthreads();
+  to[thread] = value;  // overwrite.read
+  if (barrier) __syncthreads();
+  if (thread == 0) value = 2.0f;  // overwrite.write
+}
+
+// Each thread writes kWidth elements in one access and reads one of its neighbour's last.
+template <int kWidth>
+__device__ void exchange(__half* to, i64 barrier) {
+  __half* shared = reinterpret_cast<__half*>(shared_memory());
   const int thread = threadIdx.x, threads = blockDim.x;
-  shared[thread] = thread;
-  __syncwarp();
-  if (with_barrier) __syncthreads();
-  to[thread] = shared[(thread + kWarp) % threads];
+  float values[kWidth];
+  for (int i = 0; i < kWidth; ++i) values[i] = thread;
+  store(shared + kWidth * thread, values);  // exchange.write
+  if (barrier) __syncthreads();
+  to[thread] = shared[kWidth * ((thread + 1) % threads) + kWidth - 1];  // exchange.read
+}
+
+extern "C" __global__ void exchange_vectors(__half* to, i64 width, i64 barrier) {
+  if (width == 1) exchange<1>(to, barrier);
+  if (width == 2) exchange<2>(to, barrier);
+  if (width == 4) exchange<4>(to, barrier);
+  if (width == 8) exchange<8>(to, barrier);
+}
+
+// Block b writes a byte of its own; or the first one too; or it reads that of the block before.
+extern "C" __global__ void blocks_meet(unsigned char* to, i64 how) {
+  const u32 block = blockIdx.x;
+  to[how == 1 ? 0 : block] = static_cast<unsigned char>(block);               // blocks.write
+  if (how == 2 && to[(block + gridDim.x - 1) % gridDim.x] == 255) to[0] = 0;  // blocks.read
 }
 
 extern "C" __global__ void barrier_for_some(i64 threads) {
@@ -119,19 +160,24 @@ extern "C" __global__ void activations(const float* from, float* to) {
 
 // ---- asynchronous copies
 
-// to [2, 4 · threads]: two groups of copies; the second is waited for only if `wait`. An odd thread's second copy is
-// not valid and gives zeros.
-extern "C" __global__ void copies(const float* from, float* to, i64 wait) {
+// to [2, 4 · threads]: two groups of copies. An odd thread's second copy is not valid and gives zeros. `mistake`: 1, no
+// wait for the second group; 2, a wait behind the barrier; 3, a thread reads what it copies before it waits; 4, it
+// writes what is being copied; 5, all wait behind the barrier, before any reads.
+extern "C" __global__ void copies(float* from, float* to, i64 mistake) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = threadIdx.x, half = 4 * blockDim.x;
   cp_async_16(shared + 4 * thread, from + 4 * thread);
   cp_async_commit();
-  cp_async_16(shared + half + 4 * thread, from + half + 4 * thread, thread % 2 == 0);
+  cp_async_16(shared + half + 4 * thread, from + half + 4 * thread, thread % 2 == 0);  // copies.copy
   cp_async_commit();
+  if (mistake == 3) to[thread] = shared[half + 4 * thread];                 // copies.early_read
+  if (mistake == 4 && thread % 2 == 0) from[half + 4 * thread + 3] = 1.0f;  // copies.write
   cp_async_wait<1>();
-  if (wait) cp_async_wait<0>();
+  if (mistake != 1 && mistake != 2 && mistake != 5) cp_async_wait<0>();
   __syncthreads();
-  for (int i = thread; i < 2 * half; i += blockDim.x) to[i] = shared[i];
+  if (mistake == 2 || mistake == 5) cp_async_wait<0>();
+  if (mistake == 5) __shfl_sync(kAllLanes, 1.0f, 0);
+  for (int i = thread; i < 2 * half; i += blockDim.x) to[i] = shared[i];  // copies.read
 }
 
 // to [3, 4 · threads]: three tiles by way of two stages, of which one is filled while the other is read; a thread reads
@@ -140,7 +186,8 @@ extern "C" __global__ void stages(const float* from, float* to, i64 with_barrier
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = threadIdx.x, threads = blockDim.x, other = (thread + kWarp) % threads;
   const auto fetch = [&](int tile) {
-    if (tile < 3) cp_async_16(shared + 4 * (tile % 2 * threads + thread), from + 4 * (tile * threads + thread));
+    float* at = shared + 4 * (tile % 2 * threads + thread);
+    if (tile < 3) cp_async_16(at, from + 4 * (tile * threads + thread));  // stages.copy
     cp_async_commit();
   };
   fetch(0);
@@ -149,8 +196,20 @@ extern "C" __global__ void stages(const float* from, float* to, i64 with_barrier
     if (!with_barrier) fetch(tile + 1);
     __syncthreads();
     if (with_barrier) fetch(tile + 1);
-    for (int i = 0; i < 4; ++i) to[4 * (tile * threads + thread) + i] = shared[4 * (tile % 2 * threads + other) + i];
+    const float* at = shared + 4 * (tile % 2 * threads + other);
+    for (int i = 0; i < 4; ++i) to[4 * (tile * threads + thread) + i] = at[i];  // stages.read
   }
+}
+
+// A copy's target is read by the lane beside, once __syncwarp, if there, has followed the wait.
+extern "C" __global__ void copy_for_the_warp(const float* from, float* to, i64 ordered) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int lane = threadIdx.x;
+  cp_async_16(shared + 4 * lane, from + 4 * lane);  // warp.copy
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (ordered) __syncwarp();
+  to[lane] = shared[4 * (lane ^ 1)];  // warp.read
 }
 
 // ---- tensor cores
