@@ -1,5 +1,7 @@
 """The CPU extension, on every instruction set that this processor has, with one thread and with several."""
 
+import functools
+
 import torch
 
 from fastsd_kernels import cpu_runtime
@@ -12,9 +14,9 @@ class CPU:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     costly = ()
 
-    def __init__(self) -> None:
-        isas = () if self.unavailable() else cpu_runtime.ISAS[: cpu_runtime.extension().best_isa() + 1]
-        self.settings = {"isa": isas, "threads": (1, 3)}
+    @functools.cached_property
+    def settings(self):
+        return {"isa": cpu_runtime.ISAS[: cpu_runtime.extension().best_isa() + 1], "threads": (1, 3)}
 
     def unavailable(self):
         return cpu_runtime.unavailable()

@@ -41,13 +41,13 @@ class Interpreter:
 
     def launches(self, op, sample):
         recorded = []
-        with _as_interpreted(), attributes((triton_runtime.Launch, "__call__", lambda launch: recorded.append(launch))):
+        with as_interpreted(), attributes((triton_runtime.Launch, "__call__", lambda launch: recorded.append(launch))):
             protocol.call(op, sample, "triton")
         return recorded
 
     def served(self, op, samples):
         too_large = getattr(op.cases, "NOT_INTERPRETED", ())
-        with _as_interpreted():
+        with as_interpreted():
             found = protocol.not_refused(op, samples, "triton")
         return {name: needs for name, needs in found.items() if not name.startswith(too_large)}
 
@@ -93,7 +93,7 @@ def _uncached():
                 yield module, name, value.__wrapped__
 
 
-def _as_interpreted():
+def as_interpreted():
     """A context in which the backend's refusals are those of the child."""
     modules = {op.backends["triton"].module for op in ops()}
     return attributes(

@@ -1,0 +1,133 @@
+"""What an op does not take: one error that says what was expected and what was given, from whichever backend."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsd_kernels
+from fastsd_kernels.dispatch import BackendUnavailable, ops
+from fastsd_kernels.testing import Sample
+from tests.artefacts import ROOT
+from tests.contract import covering
+from tests.contract.patterns import patterns
+from tests.runners import RUNNERS, interpreter, protocol
+from tests.runners.host import as_a_card
+
+BAD = [pytest.param(op, bad, id=f"{op.name}-{bad}") for op in ops() for bad in op.cases.bad_samples("cpu")]
+OPS = pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
+
+
+@pytest.mark.parametrize(("op", "bad"), BAD)
+def test_bad_samples(op, bad):
+    with pytest.raises(bad.error) as caught:
+        getattr(fastsd_kernels, op.name)(**bad.kwargs)
+    for words in bad.says:
+        assert words in str(caught.value)
+
+
+def refusal(op, sample, backend):
+    """The sentence of the backend itself, as if this machine had all that it needs."""
+    with protocol.attributes((op.backends[backend].module, "unavailable", lambda: None)):
+        return protocol.refusal(op, sample, backend)
+
+
+def samples(op):
+    """One sample of each pattern of arguments."""
+    return [covering.samples(op, "cpu", torch.float32)[name] for name in patterns(op)]
+
+
+@OPS
+@pytest.mark.parametrize("words", [("triton", "GPU", "backend='cpu'"), ("cuda", "cuda backend needs CUDA tensors")])
+def test_tensors_on_the_cpu(op, words):
+    backend, *_ = words
+    for sample in samples(op):
+        sentence = refusal(op, sample, backend) or ""
+        algorithm = sample.kwargs.get("algorithm")
+        if algorithm is None or algorithm not in sentence:
+            assert sentence.startswith(f"{op.name}: backend '{backend}' cannot be used: ")
+            assert "cpu" in sentence
+            assert all(word in sentence for word in words), sentence
+
+
+@OPS
+@pytest.mark.parametrize(("backend", "word"), [("triton", "GPU"), ("cuda", "CUDA")])
+def test_forced_without_a_card(op, backend, word, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a card")
+    says = f"{op.name}: backend '{backend}' cannot be used: .*{word}"
+    with pytest.raises(BackendUnavailable, match=says):
+        protocol.call(op, samples(op)[0], backend)
+    monkeypatch.setenv("FASTSD_BACKEND", backend)
+    with pytest.raises(BackendUnavailable, match=says):
+        protocol.call(op, samples(op)[0], None)
+
+
+@OPS
+def test_float64(op):
+    sample = samples(op)[0].map_tensors(Tensor.double)
+    assert "is torch.float64" in refusal(op, sample, "cpu")
+    assert "got torch.float64" in refusal(op, sample, "triton")
+    with as_a_card(lambda *args, **kwargs: None):
+        sentence = protocol.refusal(op, sample, "cuda")
+    # torch's own convolutions take it
+    assert sentence is None if op.name in ("conv2d", "resnet_block") else "is torch.float64" in sentence
+
+
+@OPS
+def test_arguments_of_unknown_dtypes(op):
+    for sample in samples(op):
+        for name, value in sample.kwargs.items():
+            if isinstance(value, Tensor):
+                changed = Sample(sample.name, sample.kwargs | {name: value.to(torch.float8_e5m2)})
+                with pytest.raises(TypeError, match=f"{name}: .*got torch.float8_e5m2"):
+                    protocol.call(op, changed, "reference")
+
+
+@OPS
+def test_the_interpreter_refuses_bfloat16(op):
+    sample = samples(op)[0].map_tensors(Tensor.bfloat16)
+    with interpreter.as_interpreted():
+        sentence = protocol.refusal(op, sample, "triton")
+    for words in ("bfloat16", "TRITON_INTERPRET"):
+        assert words in sentence
+
+
+@OPS
+def test_samples_that_a_runner_does_not_take(op):
+    """Only what asks for an algorithm or a width that the backend does not have, which its sentence names."""
+    for runner in (RUNNERS["cpu"], RUNNERS["interpreter"]):
+        known = covering.samples(op, "cpu", torch.float32)
+        for name in known.keys() - covering.served(op, runner, torch.float32).keys():
+            if name.startswith(getattr(op.cases, "NOT_INTERPRETED", ("many_keys",))) and runner.backend == "triton":
+                continue
+            with interpreter.as_interpreted():
+                sentence = protocol.refusal(op, known[name], runner.backend)
+            assert sentence is not None
+            assert repr(known[name].kwargs["algorithm"]) in sentence
+
+
+MISSING = """
+import sys
+sys.modules["triton"] = sys.modules["cuda"] = sys.modules["cuda.core"] = None
+import torch
+from fastsd_kernels.dispatch import ops
+from tests.runners import protocol
+for op in ops():
+    sample = next(iter(op.cases.samples("cpu", torch.float32)))
+    for backend in ("triton", "cuda"):
+        print(protocol.refusal(op, sample, backend))
+"""
+
+
+def test_missing_packages():
+    """Without triton and without cuda-python the library imports, and says what to install."""
+    child = subprocess.run([sys.executable, "-c", MISSING], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    lines = child.stdout.splitlines()
+    assert len(lines) == 2 * len(ops())
+    for triton, cuda in zip(lines[::2], lines[1::2], strict=True):
+        assert "pip install triton" in triton
+        assert "backend 'cuda' cannot be used: " in cuda
