@@ -237,19 +237,20 @@ __device__ inline void mma_m16n8k16(float (&sum)[4], const u32 (&a)[4], const u3
   struct Fragments {
     float a[4][2], b[2][2];
   };
-  Element elements[6][2];
-  memcpy(elements, a, sizeof(a));
-  memcpy(elements + 4, b, sizeof(b));
+  Element of_a[4][2], of_b[2][2];
+  memcpy(of_a, a, sizeof(of_a));
+  memcpy(of_b, b, sizeof(of_b));
   Fragments own;
-  for (int i = 0; i < 12; ++i) (i < 8 ? own.a[i / 2] : own.b[i / 2 - 4])[i % 2] = to_float(elements[i / 2][i % 2]);
+  for (int i = 0; i < 8; ++i) own.a[i / 2][i % 2] = to_float(of_a[i / 2][i % 2]);
+  for (int i = 0; i < 4; ++i) own.b[i / 2][i % 2] = to_float(of_b[i / 2][i % 2]);
   const auto all = host::gather("mma_m16n8k16", kAllLanes, own);
   const int lane = threadIdx.x % kWarp;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const Fragments& of_a = all[row % 8 * 4 + k % 8 / 2];
-      const Fragments& of_b = all[column * 4 + k % 8 / 2];
-      sum[i] += of_a.a[row / 8 + k / 8 * 2][k % 2] * of_b.b[k / 8][k % 2];
+      const Fragments& left = all[row % 8 * 4 + k % 8 / 2];
+      const Fragments& right = all[column * 4 + k % 8 / 2];
+      sum[i] += left.a[row / 8 + k / 8 * 2][k % 2] * right.b[k / 8][k % 2];
     }
   }
 #else

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "block.hpp"
-#include "symbols.hpp"
+#include "image.hpp"
 
 namespace py = pybind11;
 using namespace fastsd::host;

@@ -36,8 +36,14 @@ CUDA_SOURCES = ROOT / "csrc/cuda"
 _SANITIZE = os.environ.get("FASTSD_HOST_SANITIZE") == "1"
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(')
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-gdwarf-4", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes")
+_WRAPPED = ("memcpy", "memmove", "memset")
 # the calls that it makes of each access are the harness's own
-_WATCHED_FLAGS = ("-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+_WATCHED_FLAGS = (
+    "-O1",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    *(f"-fno-builtin-{name}" for name in _WRAPPED),  # inlined, they would not be seen
+)
 _SANITIZER_FLAGS = (
     "-O1",
     "-fno-omit-frame-pointer",
@@ -208,7 +214,8 @@ def _library(source: str, defines: tuple[str, ...]) -> Path:
         written.write_text(unit)
         _compile(compiled, ["-c", *flags, "-include", str(_precompiled_headers().with_suffix("")), str(written)])
         # without -fsanitize=thread, which would bring ThreadSanitizer's own runtime
-        _compile(path, ["-shared", *(flags if _SANITIZE else ()), str(compiled)])
+        watched = [f"-Wl,--wrap={name}" for name in _WRAPPED]
+        _compile(path, ["-shared", *(flags if _SANITIZE else watched), str(compiled)])
 
     return artefacts.artefact("host", f"{stem}-{key}.so", compile_unit)
 

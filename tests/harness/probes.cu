@@ -104,6 +104,16 @@ extern "C" __global__ void exchange_vectors(__half* to, i64 width, i64 barrier) 
   if (width == 8) exchange<8>(to, barrier);
 }
 
+// The same by memcpy, which is not inlined.
+extern "C" __global__ void exchange_block(float* to, i64 barrier) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const float values[8] = {};
+  memcpy(shared + 8 * thread, values, sizeof(values));  // block.write
+  if (barrier) __syncthreads();
+  to[thread] = shared[8 * ((thread + 1) % threads)];  // block.read
+}
+
 // Block b writes a byte of its own; or the first one too; or it reads that of the block before.
 extern "C" __global__ void blocks_meet(unsigned char* to, i64 how) {
   const u32 block = blockIdx.x;

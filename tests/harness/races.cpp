@@ -1,16 +1,15 @@
 #include "races.hpp"
 
 #include <dlfcn.h>
-#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <stdexcept>
+
+#include "image.hpp"
 
 namespace fastsd::host {
 namespace {
@@ -123,26 +122,8 @@ bool is_seen(unsigned other_lane, uint32_t clock) {
 
 // ---- reports
 
-// "conv2d.cu:12", or "product.cuh:34 (for conv2d.cu:12)": the innermost line of a kernel, and that of the .cu which
-// it was inlined into.
-std::string line_of(uint32_t place) {
-  char command[4096];
-  std::snprintf(command, sizeof(command), "addr2line -i -e '%s' %#x 2>/dev/null", library_path.c_str(), place);
-  std::unique_ptr<FILE, decltype(&pclose)> pipe(popen(command, "r"), &pclose);
-  std::string innermost, unit;
-  char text[4096];
-  while (pipe && std::fgets(text, sizeof(text), pipe.get())) {
-    std::string line = text;
-    line = line.substr(0, line.find_first_of(" \n"));
-    line = line.substr(line.rfind('/') + 1);
-    const std::string file = line.substr(0, line.find(':'));
-    const bool is_unit = file.size() > 3 && file.compare(file.size() - 3, 3, ".cu") == 0;
-    const bool is_header = file.size() > 4 && file.compare(file.size() - 4, 4, ".cuh") == 0 && file != "device.cuh";
-    if (innermost.empty() && (is_unit || is_header)) innermost = line;
-    if (is_unit && unit.empty()) unit = line;
-  }
-  if (innermost.empty()) return "an unknown line";
-  return innermost == unit || unit.empty() ? innermost : innermost + " (for " + unit + ")";
+std::string line(uint32_t place) {
+  return line_of(library_path, place);
 }
 
 std::string name_of(unsigned other, uint32_t at) {
@@ -158,14 +139,14 @@ std::string name_of(unsigned other, uint32_t at) {
     const size_t first = address - reinterpret_cast<size_t>(span.memory.first);
     std::string message = "race on bytes " + std::to_string(first) + " to " + std::to_string(first + bytes - 1) +
                           " of " + span.memory.name + ": thread " + std::to_string(self) +
-                          (kind == Kind::write ? " writes" : " reads") + " in " + line_of(place) + "; ";
+                          (kind == Kind::write ? " writes" : " reads") + " in " + line(place) + "; ";
     if (under_way) {
       const auto [copy, owner] = copy_under_way(address, bytes, kind_before == Kind::write);
       return message + "the asynchronous copy " + (kind_before == Kind::write ? "to" : "from") + " there that thread " +
-             std::to_string(owner) + " started in " + line_of(place_of(copy->place)) + " is under way";
+             std::to_string(owner) + " started in " + line(place_of(copy->place)) + " is under way";
     }
     message += name_of(before.thread, before.interval) + (kind_before == Kind::write ? " wrote" : " read") + " in " +
-               line_of(before.place);
+               line(before.place);
     if (before.interval < first_of_block) return message + "; blocks are not ordered";
     return message + ", and " +
            (before.thread / kWarpLanes == self / kWarpLanes ? "no __syncwarp or __syncthreads" : "no __syncthreads") +
@@ -176,7 +157,7 @@ std::string name_of(unsigned other, uint32_t at) {
 [[noreturn]] void report_outside(const void* address, size_t bytes, Kind kind, uint32_t place) {
   stop([=, self = thread] {
     std::string message = "thread " + std::to_string(self) + (kind == Kind::write ? " writes " : " reads ") +
-                          std::to_string(bytes) + " bytes outside every tensor and shared memory in " + line_of(place);
+                          std::to_string(bytes) + " bytes outside every tensor and shared memory in " + line(place);
     // the nearest memory before or behind says what the index was meant for
     const Span* nearest = nullptr;
     size_t least = 4096;
@@ -202,19 +183,6 @@ bool holds(const Span& span, size_t address, size_t bytes) {
   return offset < span.memory.bytes && bytes <= span.memory.bytes - offset;
 }
 
-// Whether it lies in a part of the library that is not written.
-bool is_constant(size_t address) {
-  const auto header = reinterpret_cast<const ElfW(Ehdr)*>(library);
-  const auto segments = reinterpret_cast<const ElfW(Phdr)*>(library + header->e_phoff);
-  const size_t offset = address - reinterpret_cast<size_t>(library);
-  for (unsigned i = 0; i < header->e_phnum; ++i) {
-    const ElfW(Phdr) & segment = segments[i];
-    const bool fixed = segment.p_type == PT_GNU_RELRO || (segment.p_type == PT_LOAD && !(segment.p_flags & PF_W));
-    if (fixed && offset - segment.p_vaddr < segment.p_memsz) return true;
-  }
-  return false;
-}
-
 // Null for what is read of the library's own constants.
 const Span* find(const void* at, size_t bytes, Kind kind, uint32_t place) {
   const size_t address = reinterpret_cast<size_t>(at);
@@ -225,7 +193,7 @@ const Span* find(const void* at, size_t bytes, Kind kind, uint32_t place) {
     hint = static_cast<unsigned char>(i);
     return &spans[i];
   }
-  if (kind == Kind::read && is_constant(address)) return nullptr;
+  if (kind == Kind::read && is_constant(library, address)) return nullptr;
   report_outside(at, bytes, kind, place);
 }
 
@@ -337,6 +305,11 @@ void check(const void* address, size_t bytes, Kind kind, uint32_t place) {
       note_read(cell, access.stamp, oldest);
     }
   });
+}
+
+inline void watch(const void* address, size_t bytes, Kind kind, const void* called_from) {
+  if (static_cast<size_t>(static_cast<const char*>(address) - stack) < stack_bytes || !bytes) return;
+  check(address, bytes, kind, place_of(called_from));
 }
 
 }  // namespace
@@ -473,17 +446,20 @@ void watch_abandoned() {
 
 using fastsd::host::Kind;
 
-#define FASTSD_WATCH(name, kind, bytes)                                                 \
-  extern "C" void name(void* address) {                                                 \
-    using namespace fastsd::host;                                                       \
-    if (static_cast<size_t>(static_cast<char*>(address) - stack) < stack_bytes) return; \
-    check(address, bytes, Kind::kind, place_of(__builtin_return_address(0)));           \
+#define FASTSD_WATCH(name, kind, bytes)                                           \
+  extern "C" void name(void* address) {                                           \
+    fastsd::host::watch(address, bytes, Kind::kind, __builtin_return_address(0)); \
   }
-#define FASTSD_WATCH_RANGE(name, kind)                                                  \
-  extern "C" void name(void* address, size_t bytes) {                                   \
-    using namespace fastsd::host;                                                       \
-    if (static_cast<size_t>(static_cast<char*>(address) - stack) < stack_bytes) return; \
-    check(address, bytes, Kind::kind, place_of(__builtin_return_address(0)));           \
+#define FASTSD_WATCH_RANGE(name, kind)                                            \
+  extern "C" void name(void* address, size_t bytes) {                             \
+    fastsd::host::watch(address, bytes, Kind::kind, __builtin_return_address(0)); \
+  }
+#define FASTSD_WATCH_BLOCK(name, function)                          \
+  extern "C" void* name(void* to, const void* from, size_t bytes) { \
+    const void* caller = __builtin_return_address(0);               \
+    fastsd::host::watch(from, bytes, Kind::read, caller);           \
+    fastsd::host::watch(to, bytes, Kind::write, caller);            \
+    return function(to, from, bytes);                               \
   }
 
 FASTSD_WATCH(__tsan_read1, read, 1)
@@ -507,3 +483,12 @@ FASTSD_WATCH(__tsan_unaligned_write16, write, 16)
 FASTSD_WATCH_RANGE(__tsan_read_range, read)
 FASTSD_WATCH_RANGE(__tsan_write_range, write)
 extern "C" void __tsan_init() {}
+
+// ---- what the linker puts in place of these functions, whose accesses are not in the kernel's code
+
+FASTSD_WATCH_BLOCK(__wrap_memcpy, std::memcpy)
+FASTSD_WATCH_BLOCK(__wrap_memmove, std::memmove)
+extern "C" void* __wrap_memset(void* to, int value, size_t bytes) {
+  fastsd::host::watch(to, bytes, Kind::write, __builtin_return_address(0));
+  return std::memset(to, value, bytes);
+}
