@@ -4,6 +4,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="everything, also what takes minutes and seldom fails")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
