@@ -86,19 +86,22 @@ def compile_cubin(source: str, arch: str, defines: tuple[str, ...]) -> bytes:
         raise RuntimeError(f"{source} cannot be compiled: {missing}")
     _check_defines(defines)
     text = (_source_folder() / source).read_text()
-    core = _cuda_core()
-    options = core.ProgramOptions(
+    program, options = _cuda_core().Program, _options(source, arch, defines)
+    try:
+        return bytes(program(text, "c++", options).compile("cubin").code)
+    except Exception as error:  # cuda.core's own types have no public name
+        log = str(error).rstrip("\0\n ")
+        raise RuntimeError(f"{source} does not compile for {' '.join((arch, *defines))}: {log}") from error
+
+
+def _options(source: str, arch: str, defines: tuple[str, ...]) -> Any:
+    return _cuda_core().ProgramOptions(
         name=source,
         arch=arch,
         std=_STANDARD,
         include_path=[str(folder) for folder in _include_path()],
         define_macro=[tuple(define.split("=", 1)) if "=" in define else define for define in defines] or None,
     )
-    try:
-        return bytes(core.Program(text, "c++", options).compile("cubin").code)
-    except Exception as error:  # cuda.core's own types have no public name
-        log = str(error).rstrip("\0\n ")
-        raise RuntimeError(f"{source} does not compile for {' '.join((arch, *defines))}: {log}") from error
 
 
 def cubin(source: str, arch: str, defines: tuple[str, ...]) -> bytes:

@@ -16,17 +16,13 @@ from fastsd_kernels.attention import cases, op
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import Sample, check_op, named
 from fastsd_kernels.testing.inputs import random_tensor
-from tests.proving import cubin, interpreter
-from tests.proving.gates import TENSOR_CORES, count
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl = op.backends["triton"].module
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.attention import triton_launch  # noqa: E402
-from tests.kernels.gates.conv2d import SHARED_BYTES, triton_shared_bytes  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
@@ -179,42 +175,6 @@ def test_a_bias_is_read_where_it_is(shape, strides, expected):
 def test_empty_results_need_no_launch():
     for name in ("empty_batch", "no_heads", "no_queries"):
         assert not sample_launches(named(cases.samples("cpu", torch.float32), name))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("width", [40, 64, 80, 160])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_compiled(dtype, biased, width, target):
-    launch = triton_launch(dtype, 8, 4096, 77, width, biased)
-    (kernel,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
-    # float32 stays float32: tensor cores would round it to 10 bits
-    assert (count(kernel, TENSOR_CORES) > 0) == (dtype is not torch.float32)
-    # for float32 ptxas itself gives up one or two values to have one block more
-    assert kernel.stack_bytes <= (16 if dtype is torch.float32 else 0)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", [("float16", 160), ("float16", 512), ("float32", 512)], ids=str)
-def test_shared_memory(variant, target):
-    dtype, width = variant
-    launch = triton_launch(dtype, 1, 4096, 4096, width, True)
-    assert 0 < triton_shared_bytes(launch, target) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize(
-    "sample",
-    [
-        sample_of(1, 1, 1, heads=1),
-        sample_of(1 << 30, 1 << 30, 1),
-        sample_of(1, 1 << 20, 40, batch=1 << 27),
-        sample_of(77, 77, 512, biased=False),
-    ],
-    ids=("one_token", "many_tokens", "large_batch", "wide"),
-)
-def test_compiled_at_the_extremes(sample):
-    (launch,) = sample_launches(sample)
-    assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 @pytest.mark.parametrize("name", ["contiguous", "1_queries_1_keys_biased", "shared_bias", "expanded_bias", "width_33"])

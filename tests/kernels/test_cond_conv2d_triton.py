@@ -18,16 +18,14 @@ from fastsd_kernels.conv2d import op as conv2d_op
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import Sample, check_op, feature_map, named
 from fastsd_kernels.testing.inputs import random_tensor
-from tests.proving import cubin, interpreter
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl, conv2d_impl = (of.backends["triton"].module for of in (op, conv2d_op))
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.cond_conv2d import triton_launches  # noqa: E402
-from tests.kernels.gates.conv2d import SHARED_BYTES, triton_shared_bytes  # noqa: E402
+from tests.budgets.ops.cond_conv2d import triton_launches  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
@@ -258,43 +256,6 @@ def test_large_batches_stay_on_the_one_long_grid_axis():
             for launch in sample_launches(Sample(sample.name, sample.kwargs | {"strategy": strategy})):
                 (programs,) = launch.grid
                 assert 1 <= programs < 2**31
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiled(target):
-    sample = named(cases.samples("cpu", torch.bfloat16), "everything_contiguous")
-    for launch in sample_launches(sample):
-        assert cubin.inspect(triton_aot.compile_launch(launch, target))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("strategy", "side", "count"),
-    [("mix_in_loop", 16, 3), ("mix_in_loop", 16, triton_impl.MOST_EXPERTS), ("concat", 16, 3), ("concat", 8, 3)],
-)
-def test_shared_memory(strategy, side, count, target):
-    launches = triton_launches("float16", 1280, side, strategy, False, count)
-    (convolve,) = (launch for launch in launches if launch.kernel.__name__ == "convolve")
-    assert 0 < triton_shared_bytes(convolve, target) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize(
-    ("shape", "out_channels", "strategy"),
-    [
-        ((1, 1, 1, 1), 1, "mix_first"),
-        ((1, 1, 1, 1), 1, "mix_in_loop"),
-        ((2, 128, 1 << 12, 1 << 13), 1, "concat"),
-        ((2, 1 << 14, 3, 3), 1 << 14, "mix_first"),
-        ((2, 1 << 14, 3, 3), 1 << 14, "mix_in_loop"),
-    ],
-    ids=str,
-)
-def test_compiled_at_the_extremes(shape, out_channels, strategy):
-    x = torch.empty(shape, device="meta", dtype=torch.float16)
-    given = {"x": x, "experts": x.new_empty(2, out_channels, shape[1], 3, 3), "padding": 1, "num_groups": 1}
-    given |= {"routing_weight": x.new_empty(2, shape[1]), "expert_biases": x.new_empty(2, out_channels)}
-    for launch in sample_launches(Sample("extreme", given | {"strategy": strategy})):
-        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 def test_ahead_of_time_specialisation_is_tritons_own():

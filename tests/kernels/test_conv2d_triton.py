@@ -15,15 +15,14 @@ from fastsd_kernels.conv2d.triton_tiles import TILES
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import Sample, check_op, feature_map, named
 from fastsd_kernels.testing.inputs import random_tensor
-from tests.proving import cubin, interpreter
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl = op.backends["triton"].module
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.conv2d import SHARED_BYTES, TRITON, triton_launches, triton_shared_bytes  # noqa: E402
+from tests.budgets.ops.conv2d import TRITON, triton_launches  # noqa: E402
 
 ALL = list(cases.samples("cpu", torch.float32))
 SAMPLES = [sample.name for sample in ALL if sample.kwargs.get("algorithm") in (None, "implicit_gemm")]
@@ -184,21 +183,6 @@ def test_measured_tile_is_taken(name):
     assert (*convolve.args[-4:-1], convolve.num_warps) == TILES[name]
     (convolve,) = (launch for launch in other if launch.kernel.__name__ == "convolve")
     assert (*convolve.args[-4:-1], convolve.num_warps) == triton_impl.tile(30, 16, 4)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", [TRITON[3], TRITON[-2]], ids=str)
-def test_shared_memory(variant, target):
-    *_, convolve = (step for step in triton_launches(*variant[:-1]) if step.kernel.__name__ == "convolve")
-    assert 0 < triton_shared_bytes(convolve, target) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 128, 1 << 12, 1 << 13), (3 << 30, 1, 1, 1)], ids=str)
-def test_compiled_at_the_extremes(shape):
-    x = torch.empty(shape, device="meta", dtype=torch.float16)
-    sample = Sample("extreme", {"x": x, "weight": x.new_empty(1, shape[1], 3, 3), "padding": 1, "num_groups": 1})
-    for launch in sample_launches(sample):
-        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 @pytest.mark.parametrize("name", ["plain_contiguous", "one_pixel_channels_last", "upsampled_everything_contiguous"])

@@ -20,18 +20,14 @@ from fastsd_kernels.gri_attention import cases, op, reference, triton_backward
 from fastsd_kernels.testing import Sample, check_op, named
 from fastsd_kernels.testing.contract import FLOOR_ULPS
 from fastsd_kernels.testing.inputs import random_tensor
-from tests.proving import cubin, interpreter
-from tests.proving.gates import TENSOR_CORES, count
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl = op.backends["triton"].module
 # as a program it is its own child, which interprets the gradients
 if __name__ != "__main__" and os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.conv2d import SHARED_BYTES, triton_shared_bytes  # noqa: E402
-from tests.kernels.gates.gri_attention import gradient_launches, triton_launches  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,12 +73,6 @@ def sample_launches(sample: Sample):
     for name in ("window", "pool"):
         given[name] = (given[name],) * 2 if isinstance(given[name], int) else given[name]
     return [step for step in triton_impl.launches(**given)[1] if isinstance(step, triton_impl.Launch)]
-
-
-def gated_sample(dtype: torch.dtype, grid: tuple[int, int], width: int, window: int, pool: int, batch: int = 1):
-    q = torch.empty(batch, 2, grid[0] * grid[1], width, device="meta", dtype=dtype)
-    given = {"grid": grid, "window": window, "pool": pool, "interaction": "gated", "gate": q.new_empty(2)}
-    return Sample("gated", {"q": q, "k": q, "v": q} | given)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -137,41 +127,6 @@ def test_nothing_is_copied_but_rows_of_scattered_elements():
 def test_empty_results_need_no_launch():
     for name in ("empty_batch", "no_heads"):
         assert not sample_launches(named(cases.samples("cpu", torch.float32), name))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("width", [40, 64, 80, 160])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_compiled(dtype, width, target):
-    *_, attend = triton_launches(dtype, 8, width, 64, 16, 4, "gated")
-    (kernel,) = cubin.inspect(triton_aot.compile_launch(attend, target)).values()
-    # float32 stays float32: tensor cores would round it to 10 bits
-    assert (count(kernel, TENSOR_CORES) > 0) == (dtype is not torch.float32)
-    # for float32 ptxas itself gives up one or two values to have one block more
-    assert kernel.stack_bytes <= (16 if dtype is torch.float32 else 0)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", [("float16", 160), ("float16", 512), (torch.float32, 512)], ids=str)
-def test_shared_memory(variant, target):
-    *_, attend = triton_launches(variant[0], 2, variant[1], 64, 16, 4, "joint")
-    assert 0 < triton_shared_bytes(attend, target) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize(
-    ("sample", "kernels"),
-    [
-        (gated_sample(torch.float16, (1, 1), 1, 1, 1), 1),
-        (gated_sample(torch.float32, (1 << 12, 1 << 13), 1, 33, 7), 2),
-        (gated_sample(torch.float16, (16, 16), 40, 3, 5, batch=1 << 27), 2),
-    ],
-    ids=("one_token", "large_map", "large_batch"),
-)
-def test_compiled_at_the_extremes(sample, kernels):
-    launches = sample_launches(sample)
-    assert len(launches) == kernels
-    for launch in launches:
-        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 @pytest.mark.parametrize("name", ["contiguous", "oblong_gated_masked", "window_of_one", "one_column", "only_regions"])
@@ -421,52 +376,13 @@ def test_the_op_takes_this_gradient():
     assert max(error for _, error in found) < 1e-5
 
 
-# dtype, width and interaction, each for some of the targets; then the bytes of stack that it may have
-COMPILED_GRADIENTS = (
-    ("float16", 40, "joint", TARGETS[2:], 0),
-    ("float16", 64, "gated", TARGETS, 0),
-    ("float16", 80, "joint", TARGETS, 0),
-    ("float16", 160, "gated", TARGETS[1:2], 0),
-    # the widest that there are, in the smallest of shared memories
-    ("float16", 512, "gated", TARGETS[:1], 0),
-    # ptxas spills a register or two, as in the forward pass
-    (torch.float32, 40, "gated", TARGETS[2:], 16),
-    (torch.float32, 64, "joint", TARGETS[1:2], 16),
-    (torch.float32, 80, "gated", TARGETS[:1], 16),
-    # without tensor cores a warp of so wide rows has more sums and factors than registers
-    (torch.float32, 160, "joint", TARGETS[2:], 400),
-    (torch.float32, 256, "gated", TARGETS[:1], 400),
-)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "interaction", "target", "stack"),
-    [(*variant, target, stack) for *variant, targets, stack in COMPILED_GRADIENTS for target in targets],
-    ids=str,
-)
-def test_gradient_compiled(dtype, width, interaction, target, stack):
-    for launch in gradient_launches(dtype, 8, width, 64, 16, 4, interaction):
-        (kernel,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
-        assert (count(kernel, TENSOR_CORES) > 0) == (dtype is not torch.float32)
-        assert kernel.stack_bytes <= stack
-        assert 0 < triton_shared_bytes(launch, target) <= SHARED_BYTES
-
-
-def triton_ttir(launch: triton_impl.Launch) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    signature, constants, _ = triton_aot.specialise(launch.kernel, launch.args)
-    return compile(ASTSource(launch.kernel, signature, constants), target=GPUTarget("cuda", 80, 32)).asm["ttir"]
-
-
 def test_gradient_of_a_gate_on_the_largest_maps():
     """The statistics of the second softmax begin at twice ``plane``, which 32 bits may not hold."""
     q = torch.empty(1, 1, 2**30, 1, device="meta", dtype=torch.float16)
     given = ((2**15, 2**15), (8, 8), (8, 8), "gated", False, q.new_empty(1), None)
     for launch in triton_backward.steps(q, q, q, q, *given)[1]:
         if isinstance(launch, triton_impl.Launch) and launch.kernel.__name__ == "gradient":
-            ttir = triton_ttir(launch)
+            ttir = triton_aot.Triton(launch).ttir()
             assert re.search(r"%plane\b", ttir)
             assert not re.search(r"arith\.(muli|addi) .*%plane\b.* : i32", ttir)
 

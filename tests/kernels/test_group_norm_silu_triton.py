@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import subprocess
 import sys
 
@@ -14,13 +13,12 @@ from fastsd_kernels import group_norm_silu
 from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.group_norm_silu import cases, op
 from fastsd_kernels.testing import Sample, check_op, feature_map, named
-from tests.proving import cubin, interpreter
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl = op.backends["triton"].module
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -127,32 +125,6 @@ def test_large_batches_stay_on_the_one_long_grid_axis():
     for launch in launches(torch.empty(70_000, 4, 2, device="meta"), 2):
         (programs,) = launch.grid
         assert programs >= 70_000
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("with_skip", [False, True], ids=("alone", "skip"))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiled(dtype, layout, with_skip, target):
-    statistics, normalise = launches(**unet_sample(layout, dtype, with_skip).kwargs)
-    for launch, instructions in ((statistics, ("LDG",)), (normalise, ("LDG", "STG"))):
-        (kernel,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
-        assert kernel.stack_bytes == 0
-        for instruction in instructions:
-            assert re.search(rf"\b{instruction}\.\S*\b(128|256)\b", kernel.sass)
-
-
-@pytest.mark.parametrize(
-    ("shape", "groups"),
-    [((1, 1, 1), 1), ((1, 640, 9), 1), ((1, 128, 1 << 20), 32), ((1, 3, 1 << 30), 1), ((3 << 30, 1, 1), 1)],
-    ids=str,
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled_at_the_extremes(layout, shape, groups):
-    batch, channels, space = shape
-    x = torch.empty(batch, space, channels, device="meta", dtype=torch.float16).transpose(1, 2)
-    for launch in launches(x if layout == "channels_last" else x.contiguous(), groups):
-        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,14 @@ from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.linear import cases, op
 from fastsd_kernels.testing import Sample, check_op, named
 from fastsd_kernels.testing.inputs import random_tensor
-from tests.proving import cubin, interpreter
-from tests.proving.gates import COPY_16_BYTES, TENSOR_CORES, count
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl = op.backends["triton"].module
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.conv2d import SHARED_BYTES, triton_shared_bytes  # noqa: E402
-from tests.kernels.gates.linear import TRITON, triton_launches  # noqa: E402
+from tests.budgets.ops.linear import TRITON, triton_launches  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
@@ -218,62 +215,6 @@ def test_a_weight_of_consecutive_elements_is_read_where_it_is(strides, read):
 def test_empty_results_need_no_launch():
     for name in ("no_rows_geglu", "empty_batch_none", "empty_batch_bare"):
         assert not sample_launches(named(cases.samples("cpu", torch.float32), name))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu", "geglu"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_compiled(dtype, activation, target):
-    for around in ("bare", "everything"):
-        *_, launch = triton_launches(dtype, 8192, 640, 640, activation, around)
-        (kernel,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
-        # float32 stays float32: tensor cores would round it to 10 bits
-        assert (count(kernel, TENSOR_CORES) > 0) == (dtype is not torch.float32)
-        assert kernel.stack_bytes == 0
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_transposed_weight_goes_to_shared_memory_in_wide_accesses(target):
-    x = torch.empty(8192, 640, device="meta", dtype=torch.float16)
-    weight = x.new_empty(640, 640).t()
-    (launch,) = sample_launches(Sample("transposed", {"x": x, "weight": weight}))
-    (wide,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
-    (launch,) = sample_launches(sample_of(x, 640))
-    (usual,) = cubin.inspect(triton_aot.compile_launch(launch, target)).values()
-    assert count(wide, COPY_16_BYTES) == count(usual, COPY_16_BYTES) > 0
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "variant",
-    [
-        ("float16", 8192, 640, 640, "gelu", "everything"),
-        ("float16", 8192, 320, 1280, "geglu", "everything"),
-        ("float32", 8192, 320, 320, "none", "everything"),
-        ("float32", 8192, 320, 1280, "geglu", "everything"),
-    ],
-    ids=str,
-)
-def test_shared_memory(variant, target):
-    *_, launch = triton_launches(*variant)
-    assert 0 < triton_shared_bytes(launch, target) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize(
-    ("shape", "strides", "out"),
-    [
-        ((1, 1), (1, 1), 2),
-        ((3 << 32, 1), (1, 1), 2),
-        ((3 << 30, 8), (1 << 33, 1), 2),
-        ((1, 1 << 30), (1 << 30, 1), 2),
-        ((1, 1), (1, 1), 1 << 30),
-    ],
-    ids=("one_number", "many_rows", "rows_far_apart", "many_channels", "many_features"),
-)
-def test_compiled_at_the_extremes(shape, strides, out):
-    x = torch.empty_strided(shape, strides, device="meta", dtype=torch.float16)
-    for launch in sample_launches(sample_of(x, out, activation="geglu", norm_eps=1e-5)):
-        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 @pytest.mark.parametrize(

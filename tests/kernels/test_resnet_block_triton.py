@@ -18,16 +18,14 @@ from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.resnet_block import cases, op
 from fastsd_kernels.testing import Sample, check_op, feature_map, named
 from fastsd_kernels.testing.inputs import random_tensor
-from tests.proving import cubin, interpreter
-from tests.proving.targets import TARGETS
+from tests.proving import interpreter
 
 triton_impl, conv2d_impl = (of.backends["triton"].module for of in (op, conv2d_op))
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile; unset it", allow_module_level=True)
-triton_aot = pytest.importorskip("tests.proving.triton_aot", reason="Triton is not installed")
+triton_aot = pytest.importorskip("tests.budgets.triton_aot", reason="Triton is not installed")
 
-from tests.kernels.gates.conv2d import SHARED_BYTES, triton_shared_bytes  # noqa: E402
-from tests.kernels.gates.resnet_block import TRITON, moment_launches, triton_launches  # noqa: E402
+from tests.budgets.ops.resnet_block import moment_launches  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = [sample.name for sample in cases.samples("cpu", torch.float32)]
@@ -189,29 +187,6 @@ def test_large_batches_stay_on_the_one_long_grid_axis():
         for launch in sample_launches(sample):
             (programs,) = launch.grid
             assert 65_537 <= programs < 2**31
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiled(target):
-    sample = named(cases.samples("cpu", torch.bfloat16), "identity_contiguous")
-    for launch in sample_launches(sample):
-        assert cubin.inspect(triton_aot.compile_launch(launch, target))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", [TRITON[2]], ids=str)
-def test_shared_memory(variant, target):
-    writer, _ = moment_launches(triton_launches(*variant[:-2]))
-    assert 0 < triton_shared_bytes(writer, target) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 128, 1 << 12, 1 << 13), (1, 5000, 3, 3)], ids=str)
-def test_compiled_at_the_extremes(shape):
-    x = torch.empty(shape, device="meta", dtype=torch.float16)
-    weight = x.new_empty(shape[1], shape[1], 3, 3)
-    sample = Sample("extreme", {"x": x, "conv1_weight": weight, "conv2_weight": weight, "num_groups": 1})
-    for launch in moment_launches(sample_launches(sample)):
-        assert cubin.inspect(triton_aot.compile_launch(launch, "sm_80"))
 
 
 def test_ahead_of_time_specialisation_is_tritons_own():

@@ -11,23 +11,20 @@ tiles. Its other kernels wait for memory and want many threads.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fastsd_kernels.conv2d import cuda_impl, measured, triton_impl
-from tests.proving import triton_aot
-from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
+from fastsd_kernels.conv2d import cuda_impl, measured, op
+from fastsd_kernels.triton_runtime import Launch
+from tests.budgets.cubin import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES
+from tests.budgets.gates import Gate
+from tests.budgets.targets import TARGETS
+from tests.budgets.triton_aot import compiling, gate, launches_of
+from tests.budgets.units import Cuda
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-# Shared memory that a block may have on the cards from compute capability 8.0 on that have least
-SHARED_BYTES = 99 * 1024
 
 # dtype, layout, channels of x and skip, output channels, side of the result, what surrounds the product, the tile that
 # a measurement has chosen; then registers
@@ -51,7 +48,7 @@ TRITON = (
 )
 # The other kernels hardly depend on the variant: those of these two stand for all
 COEFFICIENTS, SUM = TRITON[0], TRITON[6]
-
+EXTREMES = ((1, 1, 1, 1), (2, 128, 1 << 12, 1 << 13), (3 << 30, 1, 1, 1))
 
 # dtype, channels of x and skip, output channels, side of the result, side of the window, stride
 CUDA = (
@@ -79,7 +76,7 @@ def triton_launches(
     side: int,
     around: str,
     tile: str | None,
-) -> tuple[triton_impl.Launch, ...]:
+) -> list[Launch]:
     """The launches of one variant, its tensors on ``meta``."""
     if tile is not None:
         with measured.forced(f"triton {tile}"):
@@ -92,38 +89,21 @@ def triton_launches(
     def feature_map(channels: int, side: int) -> torch.Tensor:
         return torch.empty(2, channels, side, side, **like, memory_format=FORMATS[layout])
 
-    return triton_impl.launches(
+    return launches_of(
+        op,
         x=feature_map(x_channels, source),
         weight=torch.empty(out_channels, channels, kernel, kernel, **like, memory_format=FORMATS[layout]),
         bias=torch.empty(out_channels, **like),
-        stride=1,
-        padding=[kernel // 2] * 4,
+        padding=kernel // 2,
         skip=feature_map(skip_channels, source) if skip_channels else None,
         num_groups=32 if normed else 0,
         norm_weight=torch.empty(channels, **like) if normed else None,
         norm_bias=torch.empty(channels, **like) if normed else None,
-        eps=1e-5,
-        mean=None,
-        rstd=None,
         activation="silu" if normed else "none",
         upsample_size=(side, side) if around == "upsampled" else None,
         channel_bias=torch.empty(2, out_channels, **like) if normed else None,
         residual=feature_map(out_channels, side) if normed else None,
-        output_scale=1.0,
-        algorithm=None,
-    )[1]
-
-
-def triton_shared_bytes(launch: triton_impl.Launch, target: str) -> int:
-    """Dynamic shared memory of a block, which a cubin does not tell."""
-    signature, constants, divisible = triton_aot.specialise(launch.kernel, launch.args)
-    attributes = {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", triton_aot._CAPABILITIES[target], 32),
-        options={"num_warps": launch.num_warps},
     )
-    return compiled.metadata.shared
 
 
 def _triton_gates() -> Iterator[Gate]:
@@ -144,18 +124,12 @@ def _triton_gates() -> Iterator[Gate]:
         if variant is SUM:
             limits["sum_splits"] = 64, (LOAD_16_BYTES, STORE_16_BYTES)
         for kernel, (limit, required) in limits.items():
-            yield Gate(
-                op="conv2d",
-                backend="triton",
-                kernel=kernel,
-                variant=" ".join(
-                    filter(None, (f"{dtype} {layout} {channels} to {out_channels} {side}² {around}", tile))
-                ),
-                compile=partial(triton_aot.compile_launch, launches[kernel]),
-                registers=limit,
-                required=required,
-                forbidden=forbidden,
-            )
+            text = f"{dtype} {layout} {channels} to {out_channels} {side}² {around}{f' {tile}' if tile else ''}"
+            yield gate("conv2d", launches[kernel], text, registers=limit, required=required, forbidden=forbidden)
+    for shape in EXTREMES:
+        x = torch.empty(shape, device="meta", dtype=torch.float16)
+        launches = launches_of(op, x=x, weight=x.new_empty(1, shape[1], 3, 3), padding=1, num_groups=1)
+        yield from compiling("conv2d", f"extreme {shape}", launches, TARGETS[:1])
 
 
 def _cuda_gates() -> Iterator[Gate]:
@@ -191,10 +165,9 @@ def _cuda_gates() -> Iterator[Gate]:
         for name, (registers, required) in limits.items():
             yield Gate(
                 op="conv2d",
-                backend="cuda",
                 kernel=name,
                 variant=f"{dtype} {channels} to {out_channels} {side}² {kernel}×{kernel} stride {stride}",
-                compile=partial(cuda_cubin, cuda_impl.SOURCE, defines=plan.defines),
+                unit=Cuda(cuda_impl.SOURCE, plan.defines),
                 registers=registers,
                 required=required,
             )

@@ -7,15 +7,19 @@ resident block by it: two in 128 registers for tiles of 128 positions by 64 chan
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 
-from fastsd_kernels.cond_conv2d import cuda_impl, triton_impl
-from tests.kernels.gates.conv2d import DTYPES
-from tests.proving import triton_aot
-from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
+from fastsd_kernels.cond_conv2d import cases, cuda_impl, op, triton_impl
+from fastsd_kernels.testing import named
+from fastsd_kernels.triton_runtime import Launch
+from tests.budgets.cubin import COPY_16_BYTES, LOAD_16_BYTES, STORE_16_BYTES, TENSOR_CORES
+from tests.budgets.gates import Gate
+from tests.budgets.ops.conv2d import DTYPES
+from tests.budgets.targets import TARGETS
+from tests.budgets.triton_aot import compiling, gate, launches_of
+from tests.budgets.units import Cuda
 
 SAMPLES, EXPERTS = 2, 3
 # dtype, channels in and out, side, strategy, whether it is routed; then registers of the convolution
@@ -29,6 +33,21 @@ TRITON = (
     ("float16", 320, 64, "concat", False, 128),
     ("float16", 1280, 16, "concat", True, 128),
     ("bfloat16", 1280, 8, "concat", True, 128),
+)
+# strategy, side, experts: of float16, 1280 channels, not routed; the largest tiles in the smallest shared memory
+TRITON_UNLIMITED = (
+    ("mix_in_loop", 16, 3),
+    ("mix_in_loop", 16, triton_impl.MOST_EXPERTS),
+    ("concat", 16, 3),
+    ("concat", 8, 3),
+)
+# shape of x, channels out, strategy
+EXTREMES = (
+    ((1, 1, 1, 1), 1, "mix_first"),
+    ((1, 1, 1, 1), 1, "mix_in_loop"),
+    ((2, 128, 1 << 12, 1 << 13), 1, "concat"),
+    ((2, 1 << 14, 3, 3), 1 << 14, "mix_first"),
+    ((2, 1 << 14, 3, 3), 1 << 14, "mix_in_loop"),
 )
 # dtype, channels in and out, side
 CUDA = (
@@ -45,31 +64,27 @@ def gates() -> Iterator[Gate]:
 
 def triton_launches(
     dtype: str, channels: int, side: int, strategy: str | None, routed: bool, count: int = EXPERTS
-) -> tuple[triton_impl.Launch, ...]:
+) -> list[Launch]:
     """The launches of one variant, its tensors on ``meta``: the second convolution of a residual block."""
     like: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
     x = torch.empty(SAMPLES, channels, side, side, **like, memory_format=torch.channels_last)
-    return triton_impl.launches(
+    return launches_of(
+        op,
         x=x,
         experts=torch.empty(count, channels, 3, 3, channels, **like).movedim(-1, 2),
         expert_biases=torch.empty(count, channels, **like),
         alpha=torch.empty(1 if routed else SAMPLES, count, **like),
         routing_weight=torch.empty(count, channels, **like) if routed else None,
         routing_bias=torch.empty(count, **like) if routed else None,
-        routing="sigmoid",
-        stride=1,
-        padding=[1] * 4,
-        skip=None,
+        padding=1,
         num_groups=32,
         norm_weight=torch.empty(channels, **like),
         norm_bias=torch.empty(channels, **like),
-        eps=1e-5,
         activation="silu",
         channel_bias=torch.empty(SAMPLES, channels, **like),
         residual=x,
-        output_scale=1.0,
         strategy=strategy,
-    )[1]
+    )
 
 
 def _triton_gates() -> Iterator[Gate]:
@@ -86,15 +101,27 @@ def _triton_gates() -> Iterator[Gate]:
             kernel = launch.kernel.__name__
             if kernel in limits:
                 limit, required = limits[kernel]
-                yield Gate(
-                    op="cond_conv2d",
-                    backend="triton",
-                    kernel=kernel,
-                    variant=f"{dtype} {channels} {side}² {strategy}{' routed' if routed else ''}",
-                    compile=partial(triton_aot.compile_launch, launch),
-                    registers=limit,
-                    required=required,
-                )
+                text = f"{dtype} {channels} {side}² {strategy}{' routed' if routed else ''}"
+                yield gate("cond_conv2d", launch, text, registers=limit, required=required)
+    for strategy, side, count in TRITON_UNLIMITED:
+        launches = triton_launches("float16", 1280, side, strategy, False, count)
+        convolve = [launch for launch in launches if launch.kernel.__name__ == "convolve"]
+        yield from compiling("cond_conv2d", f"{count} experts 1280 {side}² {strategy}", convolve)
+    sample = named(cases.samples("cpu", torch.bfloat16), "everything_contiguous")
+    yield from compiling("cond_conv2d", sample.name, launches_of(op, **sample.kwargs))
+    for shape, out_channels, strategy in EXTREMES:
+        x = torch.empty(shape, device="meta", dtype=torch.float16)
+        launches = launches_of(
+            op,
+            x=x,
+            experts=x.new_empty(2, out_channels, shape[1], 3, 3),
+            expert_biases=x.new_empty(2, out_channels),
+            routing_weight=x.new_empty(2, shape[1]),
+            padding=1,
+            num_groups=1,
+            strategy=strategy,
+        )
+        yield from compiling("cond_conv2d", f"extreme {shape} {strategy}", launches, TARGETS[:1])
 
 
 def _cuda_gates() -> Iterator[Gate]:
@@ -121,10 +148,9 @@ def _cuda_gates() -> Iterator[Gate]:
         ):
             yield Gate(
                 op="cond_conv2d",
-                backend="cuda",
                 kernel=launch.kernel,
                 variant=f"{dtype} {channels} {side}²",
-                compile=partial(cuda_cubin, cuda_impl.SOURCE, defines=plan.defines),
+                unit=Cuda(cuda_impl.SOURCE, plan.defines),
                 registers=registers,
                 required=required,
             )

@@ -8,18 +8,22 @@ registers. Without cells and gates it needs fewer of them: five blocks of four w
 64 and 80, two for 160. Later cards, which multiply from shared memory, need fewer.
 
 In float32 ptxas itself gives up a few values of heads of 64, 80 or 160, on one card or another, to have one block
-more. Those have no row here; tests/kernels/test_attention_triton.py holds them to 16 bytes of stack.
+more. Those may have 16 bytes of stack.
 """
 
-from collections.abc import Iterator
-from functools import partial
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from fastsd_kernels.attention import cuda_impl, triton_impl
-from tests.proving import triton_aot
-from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
+from fastsd_kernels.attention import cuda_impl, op
+from fastsd_kernels.triton_runtime import Launch
+from tests.budgets.cubin import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES
+from tests.budgets.gates import Gate
+from tests.budgets.targets import TARGETS
+from tests.budgets.triton_aot import compiling, gate, launches_of
+from tests.budgets.units import Cuda
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -54,6 +58,22 @@ TRITON = (
     ("float32", 1, 4096, 4096, 512, False, 248),
 )
 
+# As many registers as there are, in every width; and the largest tiles in the smallest shared memory
+TRITON_UNLIMITED = (
+    *(
+        (dtype, 8, 4096, 77, width, biased)
+        for dtype, biased, width in itertools.product(("float16", "float32"), (False, True), (40, 64, 80, 160))
+    ),
+    *((dtype, 1, 4096, 4096, width, True) for dtype, width in (("float16", 160), ("float16", 512), ("float32", 512))),
+)
+# batch, heads, queries, keys, width of a head, whether there is a bias
+EXTREMES = {
+    "one token": (1, 1, 1, 1, 1, True),
+    "many tokens": (1, 2, 1 << 30, 1 << 30, 1, True),
+    "large batch": (1 << 27, 2, 1, 1 << 20, 40, True),
+    "wide": (1, 2, 77, 77, 512, False),
+}
+
 
 def gates() -> Iterator[Gate]:
     yield from _cuda_gates()
@@ -74,38 +94,45 @@ def _cuda_gates() -> Iterator[Gate]:
         )
         yield Gate(
             op="attention",
-            backend="cuda",
             kernel=plan.attend.kernel,
             variant=f"{dtype} {heads} heads of {width} {queries} by {keys}",
-            compile=partial(cuda_cubin, cuda_impl.SOURCE, defines=plan.defines),
+            unit=Cuda(cuda_impl.SOURCE, plan.defines),
             registers=registers,
             required=(TENSOR_CORES, COPY_16_BYTES, STORE_16_BYTES),
         )
 
 
-def triton_launch(
-    dtype: str | torch.dtype, heads: int, queries: int, keys: int, width: int, biased: bool
-) -> triton_impl.Launch:
+def triton_launch(dtype: str, heads: int, queries: int, keys: int, width: int, biased: bool) -> Launch:
     """The launch of one variant, its tensors on ``meta``, as projections give them."""
-    like: dict[str, Any] = {"device": "meta", "dtype": DTYPES.get(dtype, dtype)}  # type: ignore[call-overload]
+    like: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
     q, k, v = (torch.empty(2, count, heads, width, **like).transpose(1, 2) for count in (queries, keys, keys))
-    (launch,) = triton_impl.launches(q, k, v, torch.empty(2, keys, **like) if biased else None, None)[1]
+    (launch,) = launches_of(op, q=q, k=k, v=v, bias=torch.empty(2, keys, **like) if biased else None)
     return launch
 
 
 def _triton_gates() -> Iterator[Gate]:
     for *variant, registers in TRITON:
-        dtype, heads, queries, keys, width, biased = variant
-        launch = triton_launch(*variant)
         # float32 stays float32: tensor cores would round it to 10 bits
-        single = dtype == "float32"
-        yield Gate(
-            op="attention",
-            backend="triton",
-            kernel=launch.kernel.__name__,
-            variant=f"{dtype} {heads} heads of {width} {queries} by {keys}{' biased' if biased else ''}",
-            compile=partial(triton_aot.compile_launch, launch),
+        single = variant[0] == "float32"
+        yield _triton_gate(
+            variant,
             registers=registers,
             required=(LOAD_16_BYTES, STORE_16_BYTES) if single else (TENSOR_CORES, COPY_16_BYTES, STORE_16_BYTES),
             forbidden=(SPILL, TENSOR_CORES) if single else (SPILL,),
         )
+    limited = [variant[:-1] for variant in TRITON]
+    for variant in (variant for variant in TRITON_UNLIMITED if variant not in limited):
+        if variant[0] == "float32":
+            yield _triton_gate(variant, stack_bytes=16, forbidden=(TENSOR_CORES,))
+        else:
+            yield _triton_gate(variant, required=(TENSOR_CORES,))
+    for name, (batch, heads, queries, keys, width, biased) in EXTREMES.items():
+        q, k = (torch.empty(batch, heads, n, width, device="meta", dtype=torch.float16) for n in (queries, keys))
+        launches = launches_of(op, q=q, k=k, v=k, bias=k.new_empty(1, keys) if biased else None)
+        yield from compiling("attention", name, launches, TARGETS[:1])
+
+
+def _triton_gate(variant: Sequence[Any], **limits: Any) -> Gate:
+    dtype, heads, queries, keys, width, biased = variant
+    text = f"{dtype} {heads} heads of {width} {queries} by {keys}{' biased' if biased else ''}"
+    return gate("attention", triton_launch(*variant), text, **limits)

@@ -6,17 +6,21 @@ registers for tiles of 128 positions by 64 channels, one with the larger tile.
 In CUDA the first convolution, too, keeps the registers of a plain one, and with them two resident blocks.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from fastsd_kernels.conv2d import cuda_impl
-from fastsd_kernels.resnet_block import triton_impl
-from tests.kernels.gates.conv2d import DTYPES, FORMATS
-from tests.proving import triton_aot
-from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
+from fastsd_kernels.resnet_block import cases, op
+from fastsd_kernels.testing import named
+from fastsd_kernels.triton_runtime import Launch
+from tests.budgets.cubin import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES
+from tests.budgets.gates import Gate
+from tests.budgets.ops.conv2d import DTYPES, FORMATS
+from tests.budgets.targets import TARGETS
+from tests.budgets.triton_aot import Triton, compiling, launches_of
+from tests.budgets.units import Cuda
 
 # dtype, layout, channels of x and skip, output channels, side; then the kernel that takes moments, and its registers
 TRITON = (
@@ -28,6 +32,7 @@ TRITON = (
 )
 # The merge hardly depends on the variant
 MERGE = TRITON[0]
+EXTREMES = ((1, 1, 1, 1), (2, 128, 1 << 12, 1 << 13), (1, 5000, 3, 3))
 
 # dtype, channels of x and skip, output channels, side
 CUDA = (
@@ -45,7 +50,7 @@ def gates() -> Iterator[Gate]:
 
 def triton_launches(
     dtype: str, layout: str, x_channels: int, skip_channels: int, out_channels: int, side: int
-) -> tuple[triton_impl.Launch, ...]:
+) -> list[Launch]:
     """The launches of one variant, its tensors on ``meta``."""
     like: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
     channels = x_channels + skip_channels
@@ -57,7 +62,8 @@ def triton_launches(
         return torch.empty(out_channels, channels, kernel, kernel, **like, memory_format=FORMATS[layout])
 
     into, out = torch.empty(channels, **like), torch.empty(out_channels, **like)
-    return triton_impl.launches(
+    return launches_of(
+        op,
         x=feature_map(x_channels),
         conv1_weight=weight(channels, 3),
         conv2_weight=weight(out_channels, 3),
@@ -67,18 +73,15 @@ def triton_launches(
         num_groups=32,
         norm1_weight=into,
         norm1_bias=into,
-        num_groups_out=None,
         norm2_weight=out,
         norm2_bias=out,
-        eps=1e-5,
         channel_bias=torch.empty(2, out_channels, **like),
         shortcut_weight=None if channels == out_channels else weight(channels, 1),
         shortcut_bias=None if channels == out_channels else out,
-        output_scale=1.0,
-    )[1]
+    )
 
 
-def moment_launches(launches: tuple[triton_impl.Launch, ...]) -> tuple[triton_impl.Launch, triton_impl.Launch]:
+def moment_launches(launches: Iterable[Launch]) -> tuple[Launch, Launch]:
     """The launch that leaves moments, and the one that merges them."""
     writer, merge = (
         step
@@ -108,14 +111,20 @@ def _triton_gates() -> Iterator[Gate]:
         for launch, name, limit, required, forbidden in costs:
             yield Gate(
                 op="resnet_block",
-                backend="triton",
                 kernel=name,
                 variant=f"{dtype} {layout} {channels} to {out_channels} {side}² with moments",
-                compile=partial(triton_aot.compile_launch, launch),
+                unit=Triton(launch),
                 registers=limit,
                 required=required,
                 forbidden=forbidden,
             )
+    sample = named(cases.samples("cpu", torch.bfloat16), "identity_contiguous")
+    yield from compiling("resnet_block", sample.name, launches_of(op, **sample.kwargs))
+    for shape in EXTREMES:
+        x = torch.empty(shape, device="meta", dtype=torch.float16)
+        weight = x.new_empty(shape[1], shape[1], 3, 3)
+        launches = moment_launches(launches_of(op, x=x, conv1_weight=weight, conv2_weight=weight, num_groups=1))
+        yield from compiling("resnet_block", f"extreme {shape}", launches, TARGETS[:1])
 
 
 def _cuda_gates() -> Iterator[Gate]:
@@ -141,10 +150,9 @@ def _cuda_gates() -> Iterator[Gate]:
         channels = f"{x_channels}+{skip_channels}" if skip_channels else x_channels
         yield Gate(
             op="resnet_block",
-            backend="cuda",
             kernel="conv2d_implicit_gemm",
             variant=f"{dtype} {channels} to {out_channels} {side}² with moments",
-            compile=partial(cuda_cubin, cuda_impl.SOURCE, defines=plan.defines),
+            unit=Cuda(cuda_impl.SOURCE, plan.defines),
             registers=128,
             required=(TENSOR_CORES, LOAD_16_BYTES, COPY_16_BYTES, STORE_16_BYTES),
         )

@@ -5,10 +5,14 @@ from functools import partial
 import pytest
 
 from fastsd_kernels import cuda_runtime
-from tests.proving import gates
-from tests.proving.cubin import inspect
-from tests.proving.gates import LOAD_16_BYTES, STORE_16_BYTES, TENSOR_CORES, Gate, GateViolation
-from tests.proving.targets import TARGETS
+from tests.budgets import gates, lock
+from tests.budgets.cubin import LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, inspect
+from tests.budgets.gates import Gate, GateViolation
+from tests.budgets.lock import Lock, toolchain
+from tests.budgets.targets import TARGETS
+from tests.budgets.units import Cuda
+
+pytestmark = pytest.mark.filterwarnings("ignore:lock.json lacks")
 
 KERNELS = """
 #include <mma.h>
@@ -48,14 +52,19 @@ extern "C" __global__ void multiply_tiles(const __half* a, const __half* b, floa
 """
 
 
+@pytest.fixture(autouse=True)
+def an_empty_lock(monkeypatch):
+    empty = Lock(toolchain(), {})
+    monkeypatch.setattr(lock, "read", lambda: empty)
+
+
 @pytest.fixture(scope="module")
-def compile(tmp_path_factory):
+def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     (folder / "kernels.cu").write_text(KERNELS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_runtime, "_source_folder", lambda: folder)
-        cubins = {target: cuda_runtime.compile_cubin("kernels.cu", target, ()) for target in TARGETS}
-    return cubins.__getitem__
+        yield Cuda("kernels.cu")
 
 
 @pytest.fixture(params=TARGETS)
@@ -64,8 +73,8 @@ def target(request):
 
 
 @pytest.fixture
-def gate(compile):
-    return partial(Gate, op="an_op", backend="cuda", variant="plain", compile=compile, registers=128)
+def gate(planted):
+    return partial(Gate, op="an_op", variant="plain", unit=planted, registers=128)
 
 
 def assert_violates(gate, target, *says):
@@ -76,9 +85,7 @@ def assert_violates(gate, target, *says):
 
 
 def test_good_kernels_pass(gate, target):
-    gate(kernel="copy_vectors", required=(LOAD_16_BYTES, STORE_16_BYTES), forbidden=(gates.SPILL, TENSOR_CORES)).check(
-        target
-    )
+    gate(kernel="copy_vectors", required=(LOAD_16_BYTES, STORE_16_BYTES), forbidden=(SPILL, TENSOR_CORES)).check(target)
     gate(kernel="copy_scalars").check(target)
     gate(kernel="static_shared", static_shared_bytes=384).check(target)
     gate(kernel="multiply_tiles", required=(TENSOR_CORES,)).check(target)
@@ -125,15 +132,32 @@ def test_missing_kernel_is_caught(gate, target):
     assert_violates(gate(kernel="copy"), target, "not in the cubin", "copy_vectors", "multiply_tiles")
 
 
-def test_inspection_reads_each_kernel(compile, target):
-    kernels = inspect(compile(target))
+def test_stack_may_be_allowed(gate, target):
+    gate(kernel="spill", stack_bytes=None, forbidden=()).check(target)
+    stack = gate(kernel="spill").measure(target).stack_bytes
+    assert_violates(gate(kernel="spill", stack_bytes=stack - 1), target, f"{stack} bytes of stack, at most {stack - 1}")
+
+
+def test_another_number_of_instructions_is_caught(gate, target):
+    vectors = gate(kernel="copy_vectors")
+    gate(kernel="copy_vectors", as_many=(LOAD_16_BYTES, vectors)).check(target)
+    assert_violates(
+        gate(kernel="copy_scalars", as_many=(LOAD_16_BYTES, vectors)),
+        target,
+        "0 16-byte load instructions, 1 as in cuda-copy_vectors-plain expected",
+    )
+
+
+def test_inspection_reads_each_kernel(planted, target):
+    kernels = inspect(planted.compiled(target).cubin)
     assert sorted(kernels) == ["copy_scalars", "copy_vectors", "multiply_tiles", "spill", "static_shared"]
     assert kernels["static_shared"].static_shared_bytes == 384
     assert {kernel.static_shared_bytes for name, kernel in kernels.items() if name != "static_shared"} == {0}
     assert kernels["spill"].registers == 32
     assert kernels["spill"].stack_bytes > 0
-    assert kernels["copy_vectors"].sass.count("LDG.E.128") == 1
-    assert kernels["copy_scalars"].sass.count("LDG.E") == 1
+    for access in (LOAD_16_BYTES, STORE_16_BYTES):
+        assert (kernels["copy_vectors"].instructions[access], kernels["copy_scalars"].instructions[access]) == (1, 0)
+    assert [name for name, kernel in kernels.items() if kernel.instructions[TENSOR_CORES]] == ["multiply_tiles"]
 
 
 def test_what_is_no_cubin_is_refused():

@@ -10,15 +10,20 @@ surrounds the product. Each tile that ``triton_impl`` knows is among the variant
 for one image or two, of its text, and wider ones of other models.
 """
 
-from collections.abc import Iterator
-from functools import partial
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fastsd_kernels.linear import cuda_impl, triton_impl
-from tests.proving import triton_aot
-from tests.proving.gates import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES, Gate, cuda_cubin
+from fastsd_kernels.linear import cuda_impl, op
+from fastsd_kernels.triton_runtime import Launch
+from tests.budgets.cubin import COPY_16_BYTES, LOAD_16_BYTES, SPILL, STORE_16_BYTES, TENSOR_CORES
+from tests.budgets.gates import Gate
+from tests.budgets.targets import TARGETS
+from tests.budgets.triton_aot import compiling, gate, launches_of
+from tests.budgets.units import Cuda
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -65,6 +70,28 @@ TRITON = (
     ("float32", 154, 768, 320, "none", "bare", 112),
 )
 
+# dtype, rows, channels, features, activation, what surrounds the product: as many registers as there are
+TRITON_UNLIMITED = (
+    *(
+        (dtype, 8192, 640, 640, activation, around)
+        for dtype, activation, around in itertools.product(
+            DTYPES, ("none", "gelu", "quick_gelu", "geglu"), ("bare", "everything")
+        )
+    ),
+    # the largest tiles in the smallest shared memory
+    ("float16", 8192, 320, 1280, "geglu", "everything"),
+    ("float32", 8192, 320, 320, "none", "everything"),
+    ("float32", 8192, 320, 1280, "geglu", "everything"),
+)
+# shape and strides of x; then how many rows the weight has
+EXTREMES = {
+    "one number": ((1, 1), (1, 1), 2),
+    "many rows": ((3 << 32, 1), (1, 1), 2),
+    "rows far apart": ((3 << 30, 8), (1 << 33, 1), 2),
+    "many channels": ((1, 1 << 30), (1 << 30, 1), 2),
+    "many features": ((1, 1), (1, 1), 1 << 30),
+}
+
 
 def gates() -> Iterator[Gate]:
     yield from _cuda_gates()
@@ -93,23 +120,21 @@ def _cuda_gates() -> Iterator[Gate]:
         for kernel, (limit, required) in limits.items():
             yield Gate(
                 op="linear",
-                backend="cuda",
                 kernel=kernel,
                 variant=f"{dtype} {rows} by {channels} to {features}{' gated' if gated else ''}",
-                compile=partial(cuda_cubin, cuda_impl.SOURCE, defines=plan.defines),
+                unit=Cuda(cuda_impl.SOURCE, plan.defines),
                 registers=limit,
                 required=required,
             )
 
 
-def triton_launches(
-    dtype: str | torch.dtype, rows: int, channels: int, features: int, activation: str, around: str
-) -> tuple[triton_impl.Launch, ...]:
+def triton_launches(dtype: str, rows: int, channels: int, features: int, activation: str, around: str) -> list[Launch]:
     """The launches of one variant, its tensors on ``meta``."""
-    like: dict[str, Any] = {"device": "meta", "dtype": DTYPES.get(dtype, dtype)}  # type: ignore[call-overload]
+    like: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
     normed, summed = around in ("norm", "everything"), around in ("residual", "everything")
     out = features * 2 if activation == "geglu" else features
-    return triton_impl.launches(
+    return launches_of(
+        op,
         x=torch.empty(rows, channels, **like),
         weight=torch.empty(out, channels, **like),
         bias=torch.empty(out, **like),
@@ -118,29 +143,40 @@ def triton_launches(
         norm_eps=1e-5 if normed else None,
         activation=activation,
         residual=torch.empty(rows, features, **like) if summed else None,
-    )[1]
+    )
 
 
 def _triton_gates() -> Iterator[Gate]:
-    for variant in TRITON:
-        *linear, registers = variant
-        dtype, rows, channels, features, activation, around = linear
+    limited = {variant[:-1]: variant[-1] for variant in TRITON}
+    for variant in dict.fromkeys((*limited, *TRITON_UNLIMITED)):
         # float32 stays float32: tensor cores would round it to 10 bits
-        single = dtype == "float32"
-        required: tuple[str, ...] = () if single else (TENSOR_CORES,)
-        limits = {"project": (registers, (*required, COPY_16_BYTES, STORE_16_BYTES))}
-        if variant is TRITON[0]:
+        required, forbidden = ((), (SPILL, TENSOR_CORES)) if variant[0] == "float32" else ((TENSOR_CORES,), (SPILL,))
+        *before, project = triton_launches(*variant)
+        registers = limited.get(variant)
+        if registers is not None:
+            required = (*required, COPY_16_BYTES, STORE_16_BYTES)
+        yield _triton_gate(variant, project, registers=registers, required=required, forbidden=forbidden)
+        if variant == TRITON[0][:-1]:
             # the moments hardly depend on the variant
-            limits["row_moments"] = 56, (LOAD_16_BYTES,)
-        launches = {launch.kernel.__name__: launch for launch in triton_launches(*linear)}
-        for kernel, (limit, needed) in limits.items():
-            yield Gate(
-                op="linear",
-                backend="triton",
-                kernel=kernel,
-                variant=f"{dtype} {rows} by {channels} to {features} {activation} {around}",
-                compile=partial(triton_aot.compile_launch, launches[kernel]),
-                registers=limit,
-                required=needed,
-                forbidden=(SPILL, TENSOR_CORES) if single else (SPILL,),
-            )
+            yield _triton_gate(variant, *before, registers=56, required=(LOAD_16_BYTES,))
+    yield from _transposed()
+    for name, (shape, strides, out) in EXTREMES.items():
+        x = torch.empty_strided(shape, strides, device="meta", dtype=torch.float16)
+        weight = x.new_empty(out, x.shape[-1])
+        launches = launches_of(op, x=x, weight=weight, activation="geglu", norm_eps=1e-5)
+        yield from compiling("linear", name, launches, TARGETS[:1])
+
+
+def _transposed() -> Iterator[Gate]:
+    """A transposed weight goes to shared memory in accesses as wide as any."""
+    x = torch.empty(8192, 640, device="meta", dtype=torch.float16)
+    weight = x.new_empty(640, 640)
+    (usual,) = compiling("linear", "weight as usual", launches_of(op, x=x, weight=weight))
+    (wide,) = compiling("linear", "weight transposed", launches_of(op, x=x, weight=weight.t()))
+    yield replace(usual, required=(COPY_16_BYTES,))
+    yield replace(wide, as_many=(COPY_16_BYTES, usual))
+
+
+def _triton_gate(variant: Sequence[Any], launch: Launch, **limits: Any) -> Gate:
+    dtype, rows, channels, features, activation, around = variant
+    return gate("linear", launch, f"{dtype} {rows} by {channels} to {features} {activation} {around}", **limits)

@@ -1,4 +1,4 @@
-"""What a kernel costs, read from its cubin: registers, stack, shared memory and the machine code (SASS).
+"""What a kernel costs, read from its cubin: registers, stack, shared memory and instructions (SASS).
 
 Needs ``cuobjdump`` and ``nvdisasm``, which Triton and the CUDA toolkit both ship; no GPU.
 """
@@ -17,6 +17,20 @@ from pathlib import Path
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s*/\*", re.MULTILINE)
 
+# What a gate may ask for or forbid: a name for people, and its form in SASS. Blackwell also has 32-byte accesses.
+LOAD_16_BYTES = "16-byte load"
+COPY_16_BYTES = "16-byte asynchronous copy"
+STORE_16_BYTES = "16-byte store"
+TENSOR_CORES = "tensor cores"
+SPILL = "spill"
+INSTRUCTIONS = {
+    LOAD_16_BYTES: r"\bLDG\.\S*\b(128|256)\b",
+    COPY_16_BYTES: r"\bLDGSTS\.\S*\b128\b",
+    STORE_16_BYTES: r"\bSTG\.\S*\b(128|256)\b",
+    TENSOR_CORES: r"\b(HMMA|HGMMA|UTC\w*MMA)\b",
+    SPILL: r"\b(LDL|STL)\b",
+}
+
 # From compute capability 9.0 on, ptxas adds the part that the system keeps for itself in each block, if there is any
 _RESERVED_SHARED_BYTES = 1024
 
@@ -28,14 +42,16 @@ class KernelResources:
     Attributes:
         registers: per thread.
         stack_bytes: per thread; local arrays and spilled registers live there.
-        static_shared_bytes: per block, what the source declares; dynamic shared memory is not in a cubin.
-        sass: the instructions, one a line, without addresses and encodings, e.g. ``@P0 LDG.E.128 R4, [R6.64]``.
+        static_shared_bytes: per block, what the source declares.
+        instructions: how many there are of each kind in ``INSTRUCTIONS``.
+        dynamic_shared_bytes: per block, of a launch, which Triton plans as it compiles; a cubin does not tell.
     """
 
     registers: int
     stack_bytes: int
     static_shared_bytes: int
-    sass: str
+    instructions: dict[str, int]
+    dynamic_shared_bytes: int = 0
 
 
 def inspect(cubin: bytes) -> dict[str, KernelResources]:
@@ -54,15 +70,20 @@ def inspect(cubin: bytes) -> dict[str, KernelResources]:
     reserved = _RESERVED_SHARED_BYTES if int(architecture[1]) >= 90 else 0
     code = dict(_functions(listing))
     return {
-        name: KernelResources(int(registers), int(stack), max(int(shared) - reserved, 0), code[name])
+        name: KernelResources(int(registers), int(stack), max(int(shared) - reserved, 0), _count(code[name]))
         for name, registers, stack, shared in _RESOURCES.findall(listing)
     }
 
 
-def _functions(listing: str) -> Iterator[tuple[str, str]]:
+def _functions(listing: str) -> Iterator[tuple[str, list[str]]]:
+    """The instructions of each function, without addresses and encodings, e.g. ``@P0 LDG.E.128 R4, [R6.64]``."""
     for section in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
         name, body = section.split("\n", 1)
-        yield name.strip(), "\n".join(_INSTRUCTION.findall(body))
+        yield name.strip(), _INSTRUCTION.findall(body)
+
+
+def _count(sass: list[str]) -> dict[str, int]:
+    return {name: sum(re.search(form, line) is not None for line in sass) for name, form in INSTRUCTIONS.items()}
 
 
 def _cuobjdump(path: str) -> str:
