@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make setup; each sets up what it needs, once.
+# make demo | make check | make test | make test-full | make test-mutants | make lint; each sets up what it needs, once.
 
 PYTHON ?= python3
 MODEL ?= sd15
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-no-gpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo check test test-full test-mutants lint format clean
 
 setup: $(VENV)/.built
 
@@ -25,9 +25,23 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/cpu/*)
 demo: setup
 	$(BIN)/python -m examples.demo --model $(MODEL)
 
-# A file stays in one process: its compiled kernels are kept there.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# The largest sample of each op on each runner
+check: setup lint
+	$(PYTEST) --quick tests/contract/test_contract.py::test_contract tests/test_boundaries.py
+
+# Every sample, and every pair of values
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) --durations 15
+
+# All combinations
+test-full: setup
+	$(PYTEST) --full --durations 50
+
+# Planted faults that the tests must notice
+test-mutants: setup
+	$(BIN)/python -m tests.mutants
 
 lint: setup
 	$(BIN)/ruff check

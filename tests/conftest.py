@@ -9,6 +9,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all combinations, and the tests marked long")
+    parser.addoption("--quick", action="store_true", help="of the contract, one sample of each op on each runner")
 
 
 def pytest_configure(config):

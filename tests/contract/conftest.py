@@ -20,12 +20,18 @@ def _poisoned_empty_memory():
 def pytest_generate_tests(metafunc):
     """``case``: what covers each runner, or everything."""
     if "case" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full")
-        chosen = [case for runner in RUNNERS.values() for case in covering.cases(runner, full=full)]
+        choose = _choice(metafunc.config)
+        chosen = [case for runner in RUNNERS.values() for case in covering.cases(runner, choose)]
         marks = {"cuda": pytest.mark.gpu}
         metafunc.parametrize(
             "case", [pytest.param(case, id=str(case), marks=marks.get(case.runner.device, ())) for case in chosen]
         )
+
+
+def _choice(config):
+    if config.getoption("--quick"):
+        return covering.largest
+    return covering.product if config.getoption("--full") else covering.covering
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,6 +44,6 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_report_header(config):
     return [
-        f"samples: {'all combinations' if config.getoption('--full') else 'pairs'}, FASTSD_TEST_SEED={covering.seed()}",
+        f"samples: {_choice(config).__name__}, FASTSD_TEST_SEED={covering.seed()}",
         *(f"runner {runner.name}: {why}" for runner in RUNNERS.values() if (why := runner.unavailable())),
     ]

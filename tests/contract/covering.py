@@ -64,11 +64,9 @@ def samples(op: Op, device: str, dtype: torch.dtype) -> dict[str, Sample]:
     return {sample.name: sample for sample in op.cases.samples(device, dtype)}
 
 
-def cases(runner: Runner, *, full: bool) -> list[Case]:
-    """What a runner runs: everything, or what covers it."""
-    if runner.unavailable() is not None:
-        return []
-    return [case for op in ops() for case in (product(op, runner) if full else covering(op, runner, seed()))]
+def cases(runner: Runner, choose: Callable[[Op, Runner], list[Case]]) -> list[Case]:
+    """What a runner runs of all ops, by :func:`product`, :func:`covering` or :func:`largest`."""
+    return [case for op in ops() for case in choose(op, runner)] if runner.unavailable() is None else []
 
 
 def product(op: Op, runner: Runner) -> list[Case]:
@@ -88,13 +86,20 @@ def served(op: Op, runner: Runner, dtype: torch.dtype) -> dict[str, Needs]:
     return runner.served(op, samples(op, runner.device, dtype))
 
 
-def covering(op: Op, runner: Runner, seed: int) -> list[Case]:
+def largest(op: Op, runner: Runner) -> list[Case]:
+    """One case: of the samples with the most arguments, in a setting that is another one for each commit."""
+    everything = product(op, runner)
+    most = max(len(case.sample.kwargs) for case in everything)
+    return [random.Random(seed()).choice([case for case in everything if len(case.sample.kwargs) == most])]
+
+
+def covering(op: Op, runner: Runner) -> list[Case]:
     """A part of :func:`product`: each sample, and each pair of values, at least once; little to be compiled.
 
     Greedy, so not the smallest.
     """
     shuffled = product(op, runner)
-    random.Random(seed).shuffle(shuffled)
+    random.Random(seed()).shuffle(shuffled)
     pairs, missing, compiled = _pairs(shuffled), 0, set[Any]()
     of_name: dict[str, list[Case]] = {}
     for case in shuffled:

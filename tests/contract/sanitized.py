@@ -31,7 +31,7 @@ def main() -> None:
         for name, mistake in PLANTED.items():
             print(name, "caught" if _fails(mistake) else "missed", flush=True)
         _other_sizes()
-        _run(covering.cases(CPU(), full=FULL))
+        _run(covering.cases(CPU(), covering.product if FULL else covering.covering))
     else:
         _run(list(_host_cases()))
 
@@ -46,7 +46,7 @@ def _run(cases) -> None:
 def _host_cases():
     """Cases of a few variants of each op's kernels, other ones at each commit; the launch order of least overlap."""
     for op in ops():
-        cases = [case for case in covering.covering(op, Host(), covering.seed()) if case.needs]
+        cases = [case for case in covering.covering(op, Host()) if case.needs]
         chosen: set[object] = set()
         for case in cases:
             if FULL or len(case.needs | chosen) <= VARIANTS + len(case.needs):
