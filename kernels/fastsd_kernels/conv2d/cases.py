@@ -8,7 +8,7 @@ import torch
 from fastsd_kernels.testing.inputs import BadSample, Sample, feature_map, feature_maps, random_tensor
 
 # Constants of the Triton backend with which these samples take the paths of large inputs:
-# several tiles of either kind, and splits that begin or end at the seam of x and skip
+# several tiles of either kind, splits that begin or end at the seam of x and skip, and statistics in several parts
 SMALL_TILES = {
     "MOST_M": 16,
     "MOST_N": 16,
@@ -17,6 +17,10 @@ SMALL_TILES = {
     "FEWEST_STEPS": 4,
     "SUM_M": 8,
     "SUM_N": 4,
+    "group_norm_silu.MOST_CHANNELS_LAST": 4,
+    "group_norm_silu.FEWEST_LANES": 64,
+    "group_norm_silu.MOST_LANES": 64,
+    "group_norm_silu.MOST_PROGRAMS": 24,
 }
 
 # Winograd's sums of products are not those of the definition: the contract gives it a bound of its own

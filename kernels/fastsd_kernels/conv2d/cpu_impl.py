@@ -185,7 +185,8 @@ def _affine(
 @functools.lru_cache(maxsize=256)
 def _source_map(size: int, enlarged: int, before: int, out: int, tile: int, kernel: int, stride: int) -> Tensor:
     """For each row (or column) that the tiles read, the one of the source that it is, −1 where there is padding."""
-    source = torch.arange(size, dtype=torch.float64)
+    # of float32, for which torch rounds the quotient of the sizes as it does for the maps that come here
+    source = torch.arange(size, dtype=torch.float32)
     if enlarged != size:
         source = F.interpolate(source[None, None], size=enlarged, mode="nearest")[0, 0]
     read = (math.ceil(out / tile) * tile - 1) * stride + kernel

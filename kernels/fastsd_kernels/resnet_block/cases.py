@@ -20,7 +20,15 @@ SMALL_TILES = {
     "conv2d.SUM_N": 4,
     "MOST_MERGED": 4,
     "MOST_CHANNELS": 2,
+    "group_norm_silu.MOST_CHANNELS_LAST": 2,
+    "group_norm_silu.FEWEST_LANES": 32,
+    "group_norm_silu.MOST_LANES": 32,
+    "group_norm_silu.MOST_PROGRAMS": 24,
 }
+
+# Beginnings of names of samples that take the interpreter minutes. These are as large for the CPU, which has Winograd's
+# algorithms for such a map; in small tiles others take all paths of the Triton backend
+NOT_INTERPRETED = ("winograd",)
 
 
 def block(channels: int, out_channels: int, num_groups: int, **like: Any) -> dict[str, Any]:
@@ -58,13 +66,13 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"everything_{layout}", {"x": x} | block(8, 16, 4, **like) | embedded)
 
     for name, shape, out_channels, groups in (
-        ("vector_width", (2, 32, 8, 8), 32, 4),
-        ("off_vector_width", (1, 30, 7, 9), 14, 2),
+        ("vector_width", (1, 32, 4, 8), 32, 4),
+        ("off_vector_width", (1, 30, 5, 7), 14, 2),
         ("one_channel_a_group", (1, 8, 6, 5), 16, 8),
         ("one_group", (2, 6, 4, 5), 10, 1),
         ("one_pixel", (3, 8, 1, 1), 8, 4),
         ("one_row", (1, 8, 1, 19), 16, 4),
-        ("many_tiles", (1, 16, 37, 21), 16, 4),
+        ("many_tiles", (1, 16, 13, 21), 16, 4),
         ("empty_batch", (0, 8, 4, 4), 16, 4),
     ):
         for layout in ("contiguous", "channels_last"):

@@ -105,7 +105,7 @@ def test_files_survive_a_round_trip(tmp_path):
         (json.dumps({"cuda:9.0": [ROW | {"fastest": "triton 63x64"}]}), "got 'triton 63x64'"),
         (json.dumps({"cuda:9.0": [ROW | {"fastest": ["direct"]}]}), "fastest: expected one of direct"),
         (json.dumps({"cuda:9.0": [{"kernel": 3}]}), "KeyError: 'stride'"),
-        ("[" * 100_000, "RecursionError"),
+        pytest.param("[" * 100_000, "RecursionError", id="deep"),
     ],
     ids=str,
 )
