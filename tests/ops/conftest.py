@@ -1,0 +1,3 @@
+"""Kernels are tested on poisoned memory here too."""
+
+from tests.contract.conftest import _poisoned_empty_memory  # noqa: F401
