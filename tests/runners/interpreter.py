@@ -11,8 +11,10 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -61,6 +63,14 @@ def interpreted(function: Callable[..., Any], *args: Any) -> Any:
     failure, result = _child().ask(function, args)
     assert failure is None, failure
     return result
+
+
+def with_constants(constants: Mapping[str, Any], function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` where module constants, named as ``"package.module.NAME"``, have other values."""
+    with ExitStack() as stack:
+        for name, value in constants.items():
+            stack.enter_context(mock.patch(name, value))
+        return function(*args)
 
 
 def constants_of(op_name: str) -> dict[str, int]:

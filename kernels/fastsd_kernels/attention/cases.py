@@ -37,11 +37,14 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         q, k, v = tokens(2, 2, 33, 8, layout, **like)
         yield Sample(layout, {"q": q, "k": k, "v": v})
         yield sample(f"{layout}_across", 20, 13, batch=2, layout="contiguous" if layout == "packed" else layout)
+    for layouts in (("contiguous", "token_major", "packed"), ("packed", "contiguous", "token_major")):
+        q, k, v = (tokens(2, 2, 33, 8, layout, **like)[i] for i, layout in enumerate(layouts))
+        yield Sample(f"{'_'.join(layouts)}_as_q_k_v", {"q": q, "k": k, "v": v})
     for width in (40, 64, 80, 160, 1, 7, 33):
         yield sample(f"width_{width}", 18, 21, width)
     for queries, keys in ((1, 1), (1, 77), (64, 77), (63, 1), (65, 130), (129, 257), (17, 300)):
         yield sample(f"{queries}_queries_{keys}_keys", queries, keys)
-        yield sample(f"{queries}_queries_{keys}_keys_biased", queries, keys, batch=2, **bias(2, keys))
+        yield sample(f"{queries}_queries_{keys}_keys_biased", queries, keys, heads=1, batch=2, **bias(2, keys))
     yield sample("shared_bias", 9, 20, batch=3, **bias(1, 20))
     yield sample("expanded_bias", 9, 20, batch=3, bias=random_tensor((3, 1), **like).expand(-1, 20))
     other = torch.float32 if dtype != torch.float32 else torch.float64
@@ -50,6 +53,11 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     left_out[0, 7:] = -torch.inf
     left_out[1, :33] = -torch.inf
     yield sample("keys_left_out", 35, 40, batch=2, bias=left_out)
+    # whole tiles of them: the first, the second, all but the last, all but one key
+    left_out = torch.zeros(5, 130, **like)
+    for row, keys in enumerate((slice(0, 64), slice(64, 128), slice(64, 130), slice(0, 128), slice(0, 129))):
+        left_out[row, keys] = -torch.inf
+    yield sample("tiles_left_out", 17, 130, heads=1, batch=5, bias=left_out)
     yield sample("own_scale", 20, 20, scale=0.7)
     yield sample("no_scale", 20, 20, scale=0.0)
     yield sample("negative_scale", 20, 20, scale=-0.5)
@@ -69,11 +77,10 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample(
         "nan_all_keys_left_out", 5, 20, batch=2, bias=torch.tensor([[-torch.inf], [0.0]], **like).expand(2, 20)
     )
-    for name, value in (("nan", torch.nan), ("inf", torch.inf)):
-        for of in ("v", "k"):
-            broken = sample(name, 40, 40).kwargs
-            broken[of] = broken[of].clone()
-            broken[of][0, 1, 5, 3] = value
+    for name, value in (("nan", torch.nan), ("inf", torch.inf), ("minus_inf", -torch.inf)):
+        for of in ("q",) if name == "minus_inf" else ("q", "k", "v", "bias"):
+            broken = sample(name, 40, 40, batch=2, **(bias(2, 40) if of == "bias" else {})).kwargs
+            broken[of].view(-1)[363 % broken[of].numel()] = value  # of one head, or of one sample
             yield Sample(f"{name}_in_{of}", broken)
 
 

@@ -18,7 +18,8 @@ SMALL_TILES = {
     "POOLED_ELEMENTS": 32,
 }
 
-# As many keys as the CPU takes in several steps keep Triton's interpreter busy for a minute
+# As many keys as the CPU takes in several steps keep Triton's interpreter busy for a minute; long_windows have several
+# tiles of queries, of their keys and of cells too
 NOT_INTERPRETED = ("many_keys",)
 
 
@@ -35,6 +36,14 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
 
     for layout in LAYOUTS:
         yield sample(layout, (8, 8), layout=layout, batch=2)
+    for interaction, *layouts in (
+        ("joint", "contiguous", "token_major", "packed"),
+        ("joint", "packed", "contiguous", "token_major"),
+        ("agent", "token_major", "packed", "contiguous"),
+    ):
+        q, k, v = (tokens(2, 2, 64, 8, layout, **like)[i] for i, layout in enumerate(layouts))
+        name = f"{'_'.join(layouts)}_as_q_k_v_{interaction}"
+        yield sample(name, (8, 8), q=q, k=k, v=v, interaction=interaction)
     for width in (40, 64, 80, 160, 1, 7, 33):
         yield sample(f"width_{width}", (8, 4), width)
     for name, grid, window, pool in (
@@ -43,11 +52,12 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         ("oblong", (5, 12), (2, 8), (5, 3)),
         ("one_row", (1, 23), (1, 8), (1, 4)),
         ("one_column", (23, 1), (8, 1), (4, 1)),
-        ("window_of_one", (6, 5), (1, 1), (2, 2)),
+        ("window_of_one", (3, 5), (1, 1), (2, 2)),
         ("pool_of_one", (6, 5), (3, 3), (1, 1)),
         ("one_cell", (6, 5), (3, 3), (6, 5)),
         ("window_is_the_map", (6, 5), (6, 5), (2, 2)),
         ("window_beyond_the_map", (6, 5), (64, 64), (2, 2)),
+        ("long_windows", (3, 20), (2, 17), (1, 1)),
         ("many_keys", (24, 24), (17, 17), (1, 1)),
         ("only_regions", (7, 9), (4, 4), None),
         ("only_cells", (7, 9), None, (2, 2)),
@@ -81,15 +91,14 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     near = sample("equal_scores", (8, 8)).kwargs
     yield Sample("equal_scores", near | {"k": near["k"][:, :, :1].expand_as(near["k"])})
     yield Sample("large_values", near | {"v": near["v"] * 1000 + 3000})
-    for name, value in (("nan", torch.nan), ("inf", torch.inf)):
-        broken = sample(name, (8, 8)).kwargs
-        broken["v"] = broken["v"].clone()
-        broken["v"][0, 1, 5, 3] = value
-        yield Sample(f"{name}_in_v", broken)
-        broken = sample(name, (8, 8)).kwargs
-        broken["k"] = broken["k"].clone()
-        broken["k"][0, 1, 5, 3] = value
-        yield Sample(f"{name}_in_k", broken)
+    gated = {"interaction": "gated", "gate": random_tensor((2,), **like, seed=9)}
+    for name, value in (("nan", torch.nan), ("inf", torch.inf), ("minus_inf", -torch.inf)):
+        for of in ("v", "k", "q", "gated_q"):
+            if name != "minus_inf" or "q" in of:
+                broken = sample(name, (8, 8), **(gated if "gated" in of else {})).kwargs
+                broken[of[-1]] = broken[of[-1]].clone()
+                broken[of[-1]][0, 1, 5, 3] = value
+                yield Sample(f"{name}_in_{of}", broken)
 
 
 def large_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:

@@ -118,6 +118,14 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         weight = plain["weight"].clone()
         weight[2, 1] = value
         yield Sample(f"{name}_in_weight", plain | {"weight": weight})
+    for of, value in (
+        ("x", -torch.inf), ("weight", -torch.inf), ("bias", torch.nan), ("bias", torch.inf), ("norm_weight", torch.nan),
+        ("norm_bias", -torch.inf), ("residual", torch.nan), ("residual", -torch.inf),
+    ):  # fmt: skip
+        broken = plain | given
+        broken[of] = broken[of].clone()
+        broken[of].view(-1)[17] = value
+        yield Sample(f"{value}_among_{of}", broken)
 
 
 def large_samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
