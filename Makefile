@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make setup; each sets up what it needs, once.
+# make demo | make test | make test-mutants | make lint | make setup; each sets up what it needs, once.
 
 PYTHON ?= python3
 MODEL ?= sd15
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-no-gpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-mutants lint format clean
 
 setup: $(VENV)/.built
 
@@ -28,6 +28,10 @@ demo: setup
 # A file stays in one process: its compiled kernels are kept there.
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Whether the tests notice planted faults; hours of one core.
+test-mutants: setup
+	$(BIN)/python -m tests.mutants
 
 lint: setup
 	$(BIN)/ruff check
