@@ -542,13 +542,13 @@ MUTANTS = (
         "the end of a with block undoes what was patched anew inside of it",
     ),
     Mutant(
-        "patch-half-made",
+        "patch-backend-not-switched",
         "patch",
         "patching/verbs",
-        "fastsd/patching/apply.py",
-        "        for earlier in reversed(before):\n            earlier.make()\n        raise",
-        "        raise",
-        "a patch that fails half-way leaves half of it",
+        "fastsd/patching/plan.py",
+        "if (type(change.module), settings_of(change.module)) != (change.cls, change.settings):",
+        "if type(change.module) is not change.cls:",
+        "a patch with another backend leaves what is patched with the old one",
     ),
     Mutant(
         "patch-hook-skipped",
@@ -608,7 +608,7 @@ MUTANTS = (
     Mutant(
         "patch-tokens-layout",
         "patch",
-        "patching/attention",
+        "patching/attention or transformer",
         "fastsd/nn/tokens.py",
         "return tokens.reshape(*size, tokens.shape[2]).permute(0, 3, 1, 2)",
         "return tokens.reshape(size[0], tokens.shape[2], *size[1:])",
@@ -617,7 +617,7 @@ MUTANTS = (
     Mutant(
         "patch-memory-format",
         "patch",
-        "patching/convolution",
+        "patching/containers",
         "fastsd/nn/up_block.py",
         "return x.contiguous() if is_last and x.device.type",
         "return x if is_last and x.device.type",
@@ -649,6 +649,15 @@ MUTANTS = (
         "changes = [] if gri is None else _without_earlier_gri(model, by_module)",
         "changes: list[Change | GraphsChange] = []",
         "levels that a new choice of GRI attention leaves out keep the old one",
+    ),
+    Mutant(
+        "patch-gri-at-old-levels",
+        "patch",
+        "patching/gri",
+        "fastsd/patching/survey.py",
+        "(settings.rule.approximate and not asked[0].approximate and not is_chosen_anew)",
+        "(settings.rule.approximate and not asked[0].approximate)",
+        "a new choice of GRI attention is added to the old one",
     ),
     Mutant(
         "patch-scale-shift",
