@@ -681,7 +681,7 @@ MUTANTS = (
     Mutant(
         "compress-layer-out-of-range",
         "compress",
-        "compress",
+        "compress/test_compress or plan",
         "fastsd/compress/structure.py",
         'f"{place}.resnets.{layer}" for layer in range(n)',
         'f"{place}.resnets.{layer}" for layer in range(n + 1)',
@@ -717,7 +717,7 @@ MUTANTS = (
     Mutant(
         "compress-thaws-weights",
         "compress",
-        "compress",
+        "compress/test_compress or plan",
         "fastsd/compress/apply.py",
         "        parameter.requires_grad_(is_trained[name])\n",
         "        parameter.requires_grad_(True)\n",

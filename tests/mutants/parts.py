@@ -16,7 +16,7 @@ _WORDS = {
         *("adapters", "attention or transformer", "containers", "convolution", "copies", "gri", "graphs", "hooks"),
         *("refus or report", "text", "verbs"),
     ),
-    "compress": ("cond_conv", "measure", "storage"),
+    "compress": ("cond_conv", "measure", "storage", "test_compress or plan"),
     "adapters": ("controlnet", "ip_adapter", "lora", "scales"),
     "cli": (),
 }
