@@ -462,7 +462,7 @@ MUTANTS = (
     Mutant(
         "core-autocast-dtype",
         "core",
-        "conv2d/cpu",
+        "autocast",
         f"{_KERNELS}/dispatch.py",
         "torch.get_autocast_dtype(device_type))",
         'torch.get_autocast_dtype("cuda"))',
@@ -754,7 +754,7 @@ MUTANTS = (
     Mutant(
         "cli-doctor-status",
         "cli",
-        "cli",
+        "cli/doctor",
         "fastsd/cli/doctor.py",
         "for finding in findings]}, indent=2))\n        return 1 if failures else 0",
         "for finding in findings]}, indent=2))\n        return 0",
@@ -763,7 +763,7 @@ MUTANTS = (
     Mutant(
         "cli-compress-saved",
         "cli",
-        "cli",
+        "cli/compress",
         "fastsd/cli/compress.py",
         'f"{1 - b / a:.1%}"',
         'f"{b / a:.1%}"',

@@ -18,7 +18,7 @@ _WORDS = {
     ),
     "compress": ("cond_conv", "measure", "storage", "test_compress or plan"),
     "adapters": ("controlnet", "ip_adapter", "lora", "scales"),
-    "cli": (),
+    "cli": ("compress", "doctor", "explain"),
 }
 _PACKAGES: Parts = {
     **{package: (f"tests/{package}",) for package in _WORDS},
@@ -30,6 +30,7 @@ OLD: Parts = {
     **{f"{op}/cpu": (f"tests/kernels/test_{op}_cpu.py", f"tests/kernels/test_{op}.py") for op in OPS},
     "resnet_block/cpu": ("tests/kernels/test_resnet_block.py",),
     **{op: (f"tests/kernels/test_{op}.py",) for op in OPS},
+    "autocast": ("tests/kernels", "-k", "autocast"),
     "dispatch": ("tests/kernels/test_conv2d_measured.py",),
     "gradient": ("tests/kernels/test_gradient.py",),
     "cpu_memory": ("tests/kernels/test_cpu_memory.py",),
@@ -46,7 +47,7 @@ NEW: Parts = {
     **{op: (*_OF_OPS, "-k", _WITHIN.get(op, op)) for op in OPS},
     **{
         word: (*_OF_OPS, "-k", word)
-        for word in ("dispatch", "gradient", "cpu_memory", "digest", "cubin_cache", "cuda_runtime")
+        for word in ("autocast", "dispatch", "gradient", "cpu_memory", "digest", "cubin_cache", "cuda_runtime")
     },
     **_PACKAGES,
 }
