@@ -40,13 +40,18 @@ OLD: Parts = {
     **_PACKAGES,
 }
 
-_OF_OPS = ("tests/contract", "tests/ops", "tests/harness")
+_RUNNERS = {"cpu": "cpu", "cuda": "host", "triton": "interpreter"}
+
+
+def _of_op(op: str, more: str = "") -> tuple[str, ...]:
+    return ("tests/contract", f"tests/ops/test_{op}.py", "-k", f"({_WITHIN.get(op, op)}){more}")
+
 
 NEW: Parts = {
-    **{f"{op}/{backend}": (*_OF_OPS, "-k", _WITHIN.get(op, op)) for op in OPS for backend in _BACKENDS},
-    **{op: (*_OF_OPS, "-k", _WITHIN.get(op, op)) for op in OPS},
+    **{f"{op}/{backend}": _of_op(op, f" and ({runner} or ops)") for op in OPS for backend, runner in _RUNNERS.items()},
+    **{op: _of_op(op) for op in OPS},
     **{
-        word: (*_OF_OPS, "-k", word)
+        word: ("tests/core", "tests/ops", "tests/contract", "-k", word)
         for word in ("autocast", "dispatch", "gradient", "cpu_memory", "digest", "cubin_cache", "cuda_runtime")
     },
     **_PACKAGES,
