@@ -182,7 +182,7 @@ def main(args: list[str]) -> None:
     before = read()
     after = updated(before, all_gates(), full=bool(args))
     PATH.write_text(after.dump())
-    print(*changes(before, after), sep="\n")
+    print(*(changes(before, after) or ["nothing changed"]), sep="\n")
     if before.toolchain != after.toolchain:
         print(f"by {', '.join(after.toolchain)}; before by {', '.join(before.toolchain) or 'none'}")
 

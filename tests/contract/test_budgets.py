@@ -23,11 +23,11 @@ def test_gate(gate, full):
     for target in gate.targets:
         try:
             gate.check(target, anew=full)
-            if full:
-                failures.append(lock.read().difference(gate, target, gate.measure(target, anew=True)))
+            if full and (difference := lock.read().difference(gate, target, gate.measure(target, anew=True))):
+                failures.append(difference)
         except GateViolation as violation:
             failures.append(str(violation))
-    assert not any(failures), "\n".join(filter(None, failures))
+    assert not failures, "\n".join(failures)
 
 
 def test_every_entry_of_the_lock_has_a_gate(full):
