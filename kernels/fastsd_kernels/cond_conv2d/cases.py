@@ -30,6 +30,8 @@ SMALL_TILES = {
     "FLOAT32_PRODUCTS_A_BYTE": 1,
     "TILE_POSITIONS": 1,
 }
+# Seconds; in small tiles the same strategies take the same paths on smaller maps, and many_tiles does as launched
+NOT_INTERPRETED = tuple(f"{strategy}_9x22" for strategy in STRATEGIES)
 
 _SAME = {"padding": 1}
 
@@ -115,6 +117,9 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"routing_without_bias_{layout}", routed | norm | {"routing_bias": None})
         yield Sample(f"alpha_beside_routing_{layout}", routed | norm | given)
         yield Sample(f"shared_alpha_{layout}", given | norm | _alpha(1, 3, **like))
+        # one mixture of kernels, and of biases one for each sample
+        by_sample = _epilogue(3, 2, 8, (6, 5), layout, **like)
+        yield Sample(f"shared_alpha_everything_{layout}", given | norm | by_sample | _alpha(1, 3, **like))
         # by hand, one expert alone: a plain convolution
         alone = torch.tensor([[0.0, 1.0, 0.0]], device=device, dtype=dtype)
         yield Sample(f"one_hot_{layout}", given | norm | {"alpha": alone})

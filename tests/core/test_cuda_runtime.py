@@ -64,8 +64,8 @@ class Driver:
         self.calls.append((name, *args))
         return (self.failing.get(name, 0), *values)
 
-    def cuInit(self, *args):
-        return self._record("cuInit", args)
+    def cuInit(self, flags):
+        return self._record("cuInit", (flags,))
 
     def cuDeviceGet(self, index):
         return self._record("cuDeviceGet", (index,), f"device {index}")
@@ -140,22 +140,23 @@ def test_defines_reach_the_source(sources):
     with pytest.raises(RuntimeError, match="no value"):
         cuda_runtime.compile_cubin("flag.cu", "sm_80", ("FLAG", "VALUE=4"))
 
-
-def test_no_defines(sources):
     (sources / "plain.cu").write_text('extern "C" __global__ void plain() {}')
     assert cuda_runtime.compile_cubin("plain.cu", "sm_80", ())
 
 
-def test_compile_error_names_source_variant_and_line(sources):
-    with pytest.raises(RuntimeError) as caught:
-        cuda_runtime.compile_cubin("scale.cu", "sm_80", ("DTYPE=no_such_type",))
-    for words in ("scale.cu does not compile for sm_80 DTYPE=no_such_type", "scale.cu(3)", "no_such_type"):
+@pytest.mark.parametrize(
+    ("arch", "defines", "says"),
+    [
+        ("sm_80", ("DTYPE=no_such_type",), ("for sm_80 DTYPE=no_such_type", "scale.cu(3)", "no_such_type")),
+        ("sm_45", HALF, ("for sm_45 ", "gpu-architecture")),
+    ],
+    ids=("source", "architecture"),
+)
+def test_compile_error_names_source_variant_and_line(sources, arch, defines, says):
+    with pytest.raises(RuntimeError, match=r"scale\.cu does not compile") as caught:
+        cuda_runtime.compile_cubin("scale.cu", arch, defines)
+    for words in says:
         assert words in str(caught.value)
-
-
-def test_unknown_architecture_is_named(sources):
-    with pytest.raises(RuntimeError, match=r"scale\.cu does not compile for sm_45 .*\n*.*gpu-architecture"):
-        cuda_runtime.compile_cubin("scale.cu", "sm_45", HALF)
 
 
 @pytest.mark.parametrize("define", ["T=float", "DTYPE=", "two words", "lower=1", ""])
@@ -243,11 +244,7 @@ def test_unavailable_on_old_cards(monkeypatch, capabilities, says):
 
 @pytest.mark.parametrize(
     ("module", "says"),
-    [
-        ("cuda.core", "cuda-core"),
-        ("cuda.bindings.nvrtc", "cuda-python"),
-        ("cuda.pathfinder", "cuda-pathfinder"),
-    ],
+    [("cuda.core", "cuda-core"), ("cuda.bindings.nvrtc", "cuda-python"), ("cuda.pathfinder", "cuda-pathfinder")],
 )
 def test_missing_package_is_named(monkeypatch, module, says):
     def import_module(name):
@@ -257,14 +254,10 @@ def test_missing_package_is_named(monkeypatch, module, says):
 
     real_import = cuda_runtime.importlib.import_module
     monkeypatch.setattr(cuda_runtime.importlib, "import_module", import_module)
-    for cached in (cuda_runtime._compiler_unavailable, cuda_runtime._cuda_headers):
-        cached.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=f"scale.cu cannot be compiled: .*{says}.*pip install"):
-            cuda_runtime.compile_cubin("scale.cu", "sm_80", HALF)
-    finally:
-        for cached in (cuda_runtime._compiler_unavailable, cuda_runtime._cuda_headers):
-            cached.cache_clear()
+    for name in ("_compiler_unavailable", "_cuda_headers"):
+        monkeypatch.setattr(cuda_runtime, name, getattr(cuda_runtime, name).__wrapped__)
+    with pytest.raises(RuntimeError, match=f"scale.cu cannot be compiled: .*{says}.*pip install"):
+        cuda_runtime.compile_cubin("scale.cu", "sm_80", HALF)
 
 
 def test_missing_headers_are_named(monkeypatch, tmp_path):
@@ -291,20 +284,17 @@ def test_launch_refuses_other_types(driver):
     assert driver.named("cuLaunchKernel") == []
 
 
-def test_launch_on_the_other_device(driver):
-    launch(device="cuda:1")
+@pytest.mark.parametrize("device", ["cuda:1", "cuda"])
+def test_launch_on_the_other_device(driver, device, monkeypatch):
+    """By its index, or as the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0 if device == "cuda:1" else 1)
+    launch(device=device)
     ((*_, stream, _parameters, _extra, context),) = driver.named("cuLaunchKernel")
     assert context == "context of device 1"
     assert stream == 1001
     assert driver.stack == []
     ((code, _),) = driver.named("cuModuleLoadData")
     assert code == cuda_runtime.cubin("scale.cu", "sm_90a", HALF)
-
-
-def test_device_without_index_is_the_current_one(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    launch(device="cuda")
-    assert driver.named("cuLaunchKernel")[0][-1] == "context of device 1"
 
 
 def test_each_kernel_is_loaded_once_per_device(driver):
