@@ -75,7 +75,7 @@ def test_ahead_of_time_specialisation_is_tritons_own(op):
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from tests.proving import triton_aot
+    from tests.budgets import triton_aot
 
     runner, seen = RUNNERS["interpreter"], set()
     for name in patterns(op):
