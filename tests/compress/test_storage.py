@@ -4,8 +4,6 @@ import errno
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -15,36 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import fastsd
 from fastsd import models
-from fastsd.compress import RECIPES
 from fastsd.compress.storage import PLAN_FILE, WEIGHTS_FILE
 from tests.compress.models import PLANS, SMALL_SD, build, call, config_of, for_recipe, trained
 
 STOCK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 STOCK_INDEX = f"{STOCK_WEIGHTS}.index.json"
-
-_LOAD = """
-import sys, torch
-import fastsd
-from tests.compress.models import call
-torch.set_num_threads(int(sys.argv[1]))  # another number rounds otherwise
-for folder in sys.argv[2:]:
-    model = fastsd.load(folder)
-    torch.save((type(model).__name__, call(model)), folder + "/result.pt")
-"""
-
-
-def test_every_recipe_and_plan_in_a_fresh_process(tmp_path):
-    expected = {}
-    for name in (*RECIPES, *PLANS):
-        small = trained(fastsd.compress(for_recipe(name), PLANS.get(name, name)))
-        small.save_pretrained(tmp_path / name)
-        expected[name] = type(small).__name__, call(small)
-    folders = (str(tmp_path / name) for name in expected)
-    subprocess.run([sys.executable, "-c", _LOAD, str(torch.get_num_threads()), *folders], check=True)
-    for name, (class_name, result) in expected.items():
-        loaded_class, loaded = torch.load(tmp_path / name / "result.pt", weights_only=True)
-        assert loaded_class == class_name, name
-        assert torch.equal(loaded, result), name
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "ssd-1b", "vega"])
@@ -499,13 +472,3 @@ def test_plans_as_json():
     for plan in (*PLANS.values(), fastsd.compress(build(), "a-sdm").compression.plan):
         assert fastsd.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert json.loads(json.dumps(config)) is not None
-
-
-def test_a_pipeline_is_not_loaded_without_this_library(tmp_path):
-    """diffusers names what has to be imported."""
-    small = fastsd.compress(build(), "a-sdm")
-    diffusers.DDIMPipeline(unet=small, scheduler=diffusers.DDIMScheduler()).save_pretrained(tmp_path)
-    program = "import diffusers, sys; diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)"
-    child = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
-    assert child.returncode != 0
-    assert "import fastsd.compress.model" in child.stderr
