@@ -71,6 +71,11 @@ def each_value(names: str, *axes: Sequence[Any], ids: Callable[[Any], str] = str
     return pairwise(names, *axes, ids=ids, strength=1)
 
 
+def long(*values: Any) -> list[Any]:
+    """Parameters of variants that run with ``--full`` only, behind those that always run."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
 def choose_one_of(items: Sequence[Any], ids: Sequence[str]) -> None:
     """Mark all but one as ``long`` of the items that differ in nothing but their first parameter, one of ``ids``.
 

@@ -54,7 +54,7 @@ def test_everything_counts_once(name, is_patched):
     known = {(rule.name, replaced) for rule in fastsd.registered_rules() for replaced in (True, False)}
     assert sum(row.modules for row in timed.modules) == 1 + len(fastsd.report(model).entries)
     assert all(row.replaced is is_patched for row in timed.modules if (row.kind, row.replaced) in known)
-    assert (timed.replaced_share > 0.5) is is_patched
+    assert (timed.replaced_share > 0.2) is is_patched
     assert (timed.fastsd_share > 0) is is_patched
 
 

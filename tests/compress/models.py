@@ -1,5 +1,6 @@
 """Small U-Nets of the structure of SD1.x and SDXL, with random weights, and how their results are compared."""
 
+import functools
 from typing import Any
 
 import diffusers
@@ -43,9 +44,23 @@ def for_recipe(name: str) -> Any:
     return build(SMALL_XL if name in XL_RECIPES else SMALL_SD)
 
 
+def shared(name: str = "") -> Any:
+    """One that all tests share, for a recipe or a plan: to be read and called only."""
+    return _shared(name in XL_RECIPES)
+
+
+@functools.cache
+def _shared(is_xl: bool) -> Any:
+    return build(SMALL_XL if is_xl else SMALL_SD)
+
+
 @torch.no_grad()
 def call(model: Any, **inputs: Any) -> torch.Tensor:
     return flat_output(model(**example_inputs(model, 2, 16, tokens=7) | inputs))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def config_of(model: Any) -> dict[str, Any]:
