@@ -27,6 +27,13 @@ SMALL_XL: dict[str, Any] = {
     "transformer_layers_per_block": (1, 2, 10),
     "use_linear_projection": True,
 }
+# two levels: for what no recipe is needed for
+SMALLEST = SMALL_SD | {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
 SD_RECIPES = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "a-sdm")
 XL_RECIPES = ("ssd-1b", "vega")
 
@@ -88,3 +95,11 @@ PLANS = {
         routing="softmax",
     ),
 }
+# every kind of module that a plan makes of SMALLEST
+EVERYTHING = fastsd.Plan(
+    removed=("up_blocks.1.attentions.0", "mid_block.attentions.0"),
+    bypassed=("up_blocks.1.resnets.0", "mid_block.resnets.1"),
+    experts={"up_blocks.0.resnets.0.conv2": ("up_blocks.0.resnets.1.conv2",)},
+    gri=fastsd.GRI(4, 2),
+    name="everything",
+)

@@ -13,7 +13,7 @@ from fastsd.compress.plan import ROUTINGS
 from fastsd.models import example_inputs
 from fastsd.patching.report import NO_RULE
 from tests.combinations import order
-from tests.compress.models import SMALL_SD, build, call, relative_error, trained
+from tests.compress.models import SMALL_SD, SMALLEST, build, call, relative_error, trained
 
 
 @functools.cache
@@ -154,12 +154,7 @@ CONVOLUTIONS = [f"{place}.{name}" for place in PLACES for name in ("conv1", "con
 )
 def test_plans_of_any_kind(removed, bypassed, experts):
     """One is refused, and the model is as it was; or what it makes can be called."""
-    unet = build(
-        SMALL_SD,
-        block_out_channels=(4, 8),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = build(SMALLEST, layers_per_block=2)
     classes = [type(module) for module in unet.modules()]
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     try:
