@@ -7,6 +7,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from fastsd import CheckpointError, models
+from tests.combinations import each_value
+from tests.processes import one_thread  # noqa: F401
 
 PARAMETERS = {
     "sd15": 859_520_964,
@@ -46,26 +48,32 @@ SMALL_UNCONDITIONAL = {
 }
 
 
-def small_models():
-    """One of each kind that is served, with every extra input that its kind can ask for."""
-    text_time = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
-    yield "unet", UNet2DConditionModel(**SMALL_UNET)
-    yield "sdxl", UNet2DConditionModel(**SMALL_UNET, **text_time, projection_class_embeddings_input_dim=32)
-    yield "lcm", UNet2DConditionModel(**SMALL_UNET, time_cond_proj_dim=6)
-    yield "classes", UNet2DConditionModel(**SMALL_UNET, num_class_embeds=3)
-    yield (
-        "projected classes",
-        UNet2DConditionModel(**SMALL_UNET, class_embed_type="projection", projection_class_embeddings_input_dim=5),
-    )
-    yield "unconditional", UNet2DModel(**SMALL_UNCONDITIONAL)
-    yield "unconditional classes", UNet2DModel(**SMALL_UNCONDITIONAL, num_class_embeds=3)
-    yield "vae", AutoencoderKL(**SMALL_VAE)
-    shared = {key: SMALL_UNET[key] for key in ("block_out_channels", "norm_num_groups", "cross_attention_dim")}
-    shared |= {"down_block_types": SMALL_UNET["down_block_types"], "attention_head_dim": 2, "layers_per_block": 1}
-    yield "controlnet", ControlNetModel(**shared, conditioning_embedding_out_channels=(4, 8, 8, 8))
+def of(cls, config, **more):
+    return lambda: cls(**config, **more)
 
 
-SMALL = [name for name, _ in small_models()]
+TEXT_TIME = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+SMALL_CONTROLNET = {
+    **{
+        key: SMALL_UNET[key]
+        for key in ("block_out_channels", "norm_num_groups", "cross_attention_dim", "down_block_types")
+    },
+    **{"attention_head_dim": 2, "layers_per_block": 1, "conditioning_embedding_out_channels": (4, 8, 8, 8)},
+}
+# one of each kind that is served, with every extra input that its kind can ask for
+SMALL = {
+    "unet": of(UNet2DConditionModel, SMALL_UNET),
+    "sdxl": of(UNet2DConditionModel, SMALL_UNET, **TEXT_TIME, projection_class_embeddings_input_dim=32),
+    "lcm": of(UNet2DConditionModel, SMALL_UNET, time_cond_proj_dim=6),
+    "classes": of(UNet2DConditionModel, SMALL_UNET, num_class_embeds=3),
+    "projected classes": of(
+        UNet2DConditionModel, SMALL_UNET, class_embed_type="projection", projection_class_embeddings_input_dim=5
+    ),
+    "unconditional": of(UNet2DModel, SMALL_UNCONDITIONAL),
+    "unconditional classes": of(UNet2DModel, SMALL_UNCONDITIONAL, num_class_embeds=3),
+    "vae": of(AutoencoderKL, SMALL_VAE),
+    "controlnet": of(ControlNetModel, SMALL_CONTROLNET),
+}
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -84,10 +92,9 @@ def test_named_model_has_its_size_and_can_be_called(name):
     assert tuple(first.shape) == expected.get(name, (1, 4, side, side))
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_value("name,dtype", list(SMALL), [torch.float32, torch.bfloat16])
 def test_example_inputs_fit(name, dtype, tmp_path):
-    dict(small_models())[name].save_pretrained(tmp_path)
+    SMALL[name]().save_pretrained(tmp_path)
     model = models.load(str(tmp_path), dtype)
     assert model.dtype == dtype
     assert not model.training
@@ -110,8 +117,7 @@ def test_weights_are_the_same_on_every_call_and_draw_from_no_global_generator():
 
 
 def test_weights_of_a_controlnet_are_not_zero(monkeypatch):
-    controlnet = dict(small_models())["controlnet"]
-    monkeypatch.setitem(models.MODELS, "small", models.NamedModel("ControlNetModel", dict(controlnet.config)))
+    monkeypatch.setitem(models.MODELS, "small", models.NamedModel("ControlNetModel", SMALL_CONTROLNET))
     model = models.load("small")
     assert all(module.weight.any() for module in model.modules() if isinstance(module, torch.nn.Conv2d))
 

@@ -1,21 +1,20 @@
 """Pruned U-Nets for adapters, and patch around what is done to them."""
 
 import fastsd
-from tests.compress.models import PLANS, SD_RECIPES, SMALL_SD, build, for_recipe
+from tests.combinations import long
+from tests.compress.models import PLANS, for_recipe, shared
 
-# what vega does, ssd-1b does, too
-RECIPES = (*SD_RECIPES, "ssd-1b")
-# of what no recipe does
-SOME_PLANS = ("bypassed", "level")
+# the recipes and plans that differ most from each other, and the others
+KINDS = ["bk-sdm-tiny", "a-sdm", "ssd-1b", "bypassed", *long("bk-sdm-base", "bk-sdm-small", "level")]
 WHEN = ("before", "after")
 
 
 def full_of(name):
-    return build(SMALL_SD) if name in PLANS else for_recipe(name)
+    return for_recipe(name)
 
 
-def pruned(name, full=None):
-    return fastsd.compress(full_of(name) if full is None else full, PLANS.get(name, name))
+def pruned(name):
+    return fastsd.compress(shared(name), PLANS.get(name, name))
 
 
 def patched_around(model, when, step):

@@ -10,8 +10,9 @@ import torch
 import fastsd
 from fastsd.adapters import controlnet_from_unet, fit_controlnet, origin_of
 from fastsd.models import example_inputs
-from tests.adapters.models import RECIPES, SOME_PLANS, WHEN, full_of, patched_around, pruned, relative_error
-from tests.compress.models import SMALL_XL, build, call
+from tests.adapters.models import KINDS, WHEN, patched_around, pruned, relative_error
+from tests.combinations import each_value, long
+from tests.compress.models import SMALL_XL, build, call, shared
 
 MIDDLE = 1000.0
 EMBEDDING = {"conditioning_embedding_out_channels": (4, 4)}
@@ -90,15 +91,15 @@ def additions(unet, control):
     return found, (middle - plain_middle).mean().round().item()
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *SOME_PLANS])
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_each_residual_reaches_its_map(name):
-    full = full_of(name)
+    full = shared(name)
     net = constant(controlnet_of(full))
     expected, middle = additions(full, with_control(net, full))
     assert sorted(expected.values()) == [index + 1.0 for index in range(len(net.controlnet_down_blocks))]
     assert middle == MIDDLE
-    small = pruned(name, full)
+    small = pruned(name)
     fitted, report = fit_controlnet(net, small)
     found, middle = additions(small, with_control(fitted, small))
     assert found == {path: expected[path] for path in found}
@@ -107,13 +108,11 @@ def test_each_residual_reaches_its_map(name):
     assert {*report.used, *report.skipped} == {*expected, "mid_block"}
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny", "a-sdm"])
+@each_value("name,when", ["bk-sdm-tiny", "a-sdm"], WHEN)
 @torch.no_grad()
 def test_with_patch(name, when):
-    full = full_of(name)
-    net = controlnet_of(full)
-    small = pruned(name, full)
+    net = controlnet_of(shared(name))
+    small = pruned(name)
     control = with_control(fit_controlnet(net, small)[0], small)
     expected = call(small, **control)
     assert relative_error(call(small), expected) > 1e-2
@@ -125,7 +124,7 @@ def test_with_patch(name, when):
 
 @torch.no_grad()
 def test_the_given_one_stays_as_it_is():
-    full = build()
+    full = shared()
     net = controlnet_of(full)
     names = set(vars(net))
     before = with_control(net, full)
@@ -150,9 +149,9 @@ def test_the_given_one_stays_as_it_is():
 
 @torch.no_grad()
 def test_fitted_again_and_copied(tmp_path):
-    full = build()
+    full = shared()
     net = controlnet_of(full)
-    tiny, base = fastsd.compress(full, "bk-sdm-tiny"), fastsd.compress(full, "bk-sdm-base")
+    tiny, base = pruned("bk-sdm-tiny"), pruned("bk-sdm-base")
     expected = with_control(fit_controlnet(net, base)[0], base)
     fitted, _ = fit_controlnet(fit_controlnet(net, tiny)[0], base)
     for each in (fitted, copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
@@ -168,13 +167,12 @@ def test_fitted_again_and_copied(tmp_path):
     assert len(with_control(loaded, full)["down_block_additional_residuals"]) == 12
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("bk-sdm-small")])
 @torch.no_grad()
 def test_forms_of_output(name):
     """Those of diffusers: two nets, guess mode, an output object, residuals that are means over the map."""
-    full = build()
-    net = controlnet_of(full)
-    small = fastsd.compress(full, name)
+    net = controlnet_of(shared())
+    small = pruned(name)
     fitted, _ = fit_controlnet(net, small)
     one = with_control(fitted, small)
     several, _ = fit_controlnet(diffusers.MultiControlNetModel([net, net]), small)
@@ -198,8 +196,7 @@ def test_forms_of_output(name):
 
 
 def test_refusals():
-    full = build()
-    small = fastsd.compress(full, "bk-sdm-base")
+    full, small = shared(), pruned("bk-sdm-base")
     with pytest.raises(TypeError, match="controlnet: expected a diffusers ControlNetModel; got UNet2DConditionModel"):
         fit_controlnet(full, small)
     with pytest.raises(ValueError, match=r"of \[8, 8, 8, 8, 16, .*\] channels; got \[8, 8, 8, 16, .*needs no fit"):
@@ -221,7 +218,7 @@ def test_refusals():
         fit_controlnet(None, small)
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "ssd-1b"])
+@pytest.mark.parametrize("name", ["bk-sdm-small", "ssd-1b", *long("bk-sdm-base", "bk-sdm-tiny")])
 @torch.no_grad()
 def test_a_controlnet_of_a_pruned_unet(name):
     small = pruned(name)
@@ -249,4 +246,4 @@ def test_a_controlnet_of_a_pruned_unet(name):
 
 def test_no_controlnet_of_others():
     with pytest.raises(ValueError, match=r"expected a stock UNet2DConditionModel .*CompressedUNet.*fit_controlnet"):
-        controlnet_from_unet(fastsd.compress(build(), "a-sdm"))
+        controlnet_from_unet(pruned("a-sdm"))

@@ -7,7 +7,8 @@ import fastsd
 from fastsd.adapters import fit_ip_adapter, origin_of
 from fastsd.adapters.origin import attentions_of
 from tests.adapters.models import WHEN, full_of, patched_around, pruned, relative_error
-from tests.compress.models import SMALL_XL, build, call
+from tests.combinations import each_value, long
+from tests.compress.models import SMALL_XL, build, call, shared
 from tests.patching.gri import ip_adapter
 
 
@@ -28,11 +29,11 @@ def misassigned(small, full):
     )
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny", "ssd-1b", "bypassed"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", "bypassed", *long("bk-sdm-small", "ssd-1b")])
 @torch.no_grad()
 def test_by_name(name):
     full = full_of(name)
-    small = pruned(name, full)
+    small = pruned(name)
     torch.manual_seed(7)
     state = ip_adapter(full)
     fitted, report = fit_ip_adapter(state, small)
@@ -62,16 +63,13 @@ def test_by_ordinal():
     assert misassigned(small, full) == 0
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", ["bk-sdm-small", "a-sdm"])
+@each_value("name,when", ["bk-sdm-small", "a-sdm"], WHEN)
 @torch.no_grad()
 def test_with_patch(name, when):
     torch.manual_seed(7)
-    full = full_of(name)
-    state = ip_adapter(full)
+    state = ip_adapter(shared())
     inputs = {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 6)]}}
-    plain = pruned(name, full)
-    expected = pruned(name, full)
+    plain, expected = pruned(name), pruned(name)
     fitted, _ = fit_ip_adapter(state, expected)
     expected._load_ip_adapter_weights(fitted)
 
@@ -80,7 +78,7 @@ def test_with_patch(name, when):
         assert again["ip_adapter"].keys() == fitted["ip_adapter"].keys()
         small._load_ip_adapter_weights(again)
 
-    small = patched_around(pruned(name, full), when, load)
+    small = patched_around(pruned(name), when, load)
     assert relative_error(call(small, **inputs), call(expected, **inputs)) < 1e-4
     assert relative_error(call(small, **inputs), call(plain)) > 1e-3
 
@@ -98,11 +96,11 @@ def face_id(full):
     return {"image_proj": projection, "ip_adapter": state["ip_adapter"] | lora}
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-tiny", "ssd-1b"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("ssd-1b")])
 def test_face_id(name):
     """Its LoRA goes by number over self-attentions, too."""
     full = full_of(name)
-    small = pruned(name, full)
+    small = pruned(name)
     state = face_id(full)
     fitted, report = fit_ip_adapter(state, small)
     (expected,) = full._load_ip_adapter_loras([state]).values()
@@ -116,8 +114,7 @@ def test_face_id(name):
 
 
 def test_flat_names():
-    full = build()
-    small = fastsd.compress(full, "bk-sdm-small")
+    full, small = shared(), pruned("bk-sdm-small")
     state = ip_adapter(full)
     flat = {f"{part}.{key}": value for part, of in state.items() for key, value in of.items()}
     fitted, report = fit_ip_adapter(flat, small)
@@ -135,8 +132,7 @@ def test_flat_names():
 
 
 def test_refusals():
-    full = build()
-    small = fastsd.compress(full, "bk-sdm-base")
+    full, small = shared(), pruned("bk-sdm-base")
     state = ip_adapter(full)
     with pytest.raises(ValueError, match="the parts of an IP-Adapter, image_proj and ip_adapter; got unet"):
         fit_ip_adapter({"unet.conv_in.weight": torch.ones(1)}, small)

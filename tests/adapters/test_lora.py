@@ -1,6 +1,6 @@
 """LoRA of the full model: on a pruned U-Net it does what it does to what is left of the full one."""
 
-import copy
+import functools
 
 import diffusers
 import pytest
@@ -9,36 +9,39 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 import fastsd
 from fastsd.adapters import Compression, fit_lora, origin_of
-from tests.adapters.models import WHEN, full_of, patched_around, pruned, relative_error
-from tests.compress.models import SMALL_XL, build, call
+from tests.adapters.models import WHEN, patched_around, pruned, relative_error
+from tests.combinations import each_value, long
+from tests.compress.models import PLANS, build, call, for_recipe, shared
 
-EVERYWHERE = [
+EVERYWHERE = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv", "conv_in", "conv_out", "linear_1"),
-]
+)
 # of each kind one
-SOME = ["to_q", "ff.net.2", "proj_in", "conv1", "conv_shortcut"]
-TARGETS = {"bk-sdm-tiny": EVERYWHERE, "a-sdm": EVERYWHERE, "ssd-1b": ["to_q"]}
+SOME = ("to_q", "ff.net.2", "proj_in", "conv1", "conv_shortcut")
+TARGETS = {"bk-sdm-tiny": EVERYWHERE, "a-sdm": EVERYWHERE, "ssd-1b": ("to_q",)}
 
 
-def lora_of(full, targets=EVERYWHERE, rank=2):
-    """A random LoRA for the full model, as PEFT names it."""
-    other = copy.deepcopy(full)
+@functools.cache
+def lora_of(name="", targets=EVERYWHERE):
+    """A random LoRA for the full model of a recipe, as PEFT names it; all tests share it."""
+    full = for_recipe(name)
     torch.manual_seed(5)
-    other.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False))
-    return get_peft_model_state_dict(other)
+    full.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), init_lora_weights=False))
+    return get_peft_model_state_dict(full)
 
 
 def layer(key):
     return key.split(".lora_")[0]
 
 
-def fused(full, state):
-    tuned = copy.deepcopy(full)
+def fused(name, state):
+    """What a recipe makes of the full model with a LoRA inside."""
+    tuned = for_recipe(name)
     tuned.load_lora_adapter(dict(state), prefix=None)
     tuned.fuse_lora()
     tuned.unload_lora()
-    return tuned
+    return fastsd.compress(tuned, PLANS.get(name, name), in_place=True)
 
 
 def kohya(state, alpha=None):
@@ -58,13 +61,12 @@ def load_as_pipelines_do(unet, state):
     pipeline.load_lora_into_unet(converted, alphas, unet)
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny", "a-sdm", "ssd-1b", "bypassed"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", "a-sdm", *long("bk-sdm-small", "ssd-1b", "bypassed")])
 @torch.no_grad()
 def test_as_fused_before(name):
     """Fused into the full model, which is compressed then, or fitted to the compressed one: the same."""
-    full = full_of(name)
-    state = lora_of(full, TARGETS.get(name, SOME))
-    small = pruned(name, full)
+    state = lora_of(name, TARGETS.get(name, SOME))
+    small = pruned(name)
     base = call(small)
     fitted, report = fit_lora(state, small)
     assert {*report.used, *report.skipped} == {layer(key) for key in state}
@@ -74,20 +76,18 @@ def test_as_fused_before(name):
     experts = Compression.of(small).plan.experts
     mixed = set(experts) | {conv for of in experts.values() for conv in of}
     assert mixed <= set(report.skipped)
-    expected = call(pruned(name, fused(full, {key: state[key] for key in state if layer(key) not in mixed})))
+    expected = call(fused(name, {key: state[key] for key in state if layer(key) not in mixed}))
     small.load_lora_adapter(fitted, prefix=None)
     assert relative_error(call(small), expected) < 1e-4
     assert relative_error(call(small), base) > 1e-2
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", ["bk-sdm-tiny", "a-sdm"])
+@each_value("name,when", ["bk-sdm-tiny", "a-sdm"], WHEN)
 @torch.no_grad()
 def test_with_patch(name, when):
-    full = full_of(name)
-    state = lora_of(full, SOME)
-    fitted, _ = fit_lora(state, pruned(name, full))
-    expected = pruned(name, full)
+    state = lora_of(name, SOME)
+    expected = pruned(name)
+    fitted, _ = fit_lora(state, expected)
     expected.load_lora_adapter(dict(fitted), prefix=None)
 
     def load(small):
@@ -96,13 +96,12 @@ def test_with_patch(name, when):
         small.load_lora_adapter(dict(fitted), prefix=None)
         assert fit_lora(state, small)[0].keys() == fitted.keys()
 
-    small = patched_around(pruned(name, full), when, load)
+    small = patched_around(pruned(name), when, load)
     assert relative_error(call(small), call(expected)) < 1e-4
 
 
 def test_names():
-    full = build()
-    small = fastsd.compress(full, "bk-sdm-small")
+    small = pruned("bk-sdm-small")
     state = {
         "unet.up_blocks.0.resnets.2.conv1.lora_A.weight": torch.ones(2, 64, 3, 3),
         "unet.up_blocks.0.resnets.2.conv1.lora_B.weight": torch.ones(32, 2, 1, 1),
@@ -129,7 +128,7 @@ def test_names():
         "up_blocks.0.resnets.1.conv1, mid_block.attentions.0.proj_in"
     )
     # a full model takes all
-    assert str(fit_lora(state, full)[1]) == "LoRA: all 4 places are used"
+    assert str(fit_lora(state, shared())[1]) == "LoRA: all 4 places are used"
 
 
 TEXT = (
@@ -140,33 +139,34 @@ TEXT = (
 )
 
 
-@pytest.mark.parametrize("key", TEXT)
-def test_what_is_not_for_the_unet_is_left_alone(key):
-    state = {key: torch.ones(2, 8)}
-    fitted, report = fit_lora(state, fastsd.compress(build(), "bk-sdm-small"))
-    assert fitted == state
-    assert (report.used, report.skipped) == ((), ())
+def test_what_is_not_for_the_unet_is_left_alone():
+    small, full = pruned("bk-sdm-small"), shared()
     beside = {f"unet.{name}": value for name, value in halves().items()}
-    if not key.endswith("alpha"):
-        assert fit_lora(state | beside, build())[0] == state | beside
+    for key in TEXT:
+        state = {key: torch.ones(2, 8)}
+        fitted, report = fit_lora(state, small)
+        assert fitted == state
+        assert (report.used, report.skipped) == ((), ())
+        if not key.endswith("alpha"):
+            assert fit_lora(state | beside, full)[0] == state | beside
 
 
 @torch.no_grad()
 def test_alphas_of_old_names():
     """Stock diffusers loads such a file, and does not look at them."""
-    full = build()
+    full = shared()
     state = {}
-    for key, value in lora_of(full, ["to_q", "to_out.0"]).items():
+    for key, value in lora_of("", ("to_q", "to_out.0")).items():
         path, part = key.removesuffix(".weight").rsplit(".", 1)
         block, name = path.removesuffix(".0").rsplit(".", 1)
         old = f"unet.{block}.processor.{name}_lora"
         state[f"{old}.{'down' if part == 'lora_A' else 'up'}.weight"] = value
         state[f"{old}.alpha"] = torch.tensor(0.1)
-    expected = copy.deepcopy(full)
+    expected = build()
     load_as_pipelines_do(expected, state)
     fitted, report = fit_lora(state, full)
     assert len(fitted) == 2 * len(report.used) == 2 * len(state) // 3
-    given = copy.deepcopy(full)
+    given = build()
     load_as_pipelines_do(given, fitted)
     assert torch.equal(call(given), call(expected))
     assert relative_error(call(given), call(full)) > 1e-3
@@ -175,20 +175,18 @@ def test_alphas_of_old_names():
 @torch.no_grad()
 def test_dora_and_bias():
     """What a LoRA may have for a layer beside its two matrices."""
-    full = build()
-    other = copy.deepcopy(full)
-    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, use_dora=True)
-    other.add_adapter(config)
-    dora = get_peft_model_state_dict(other)
-    assert any("magnitude" in key for key in dora)
-    assert fit_lora(dora, full)[0].keys() == dora.keys()
-    other = copy.deepcopy(full)
-    other.add_adapter(LoraConfig(r=2, target_modules=["to_out.0"], init_lora_weights=False, lora_bias=True))
-    bias = get_peft_model_state_dict(other)
-    assert any(key.endswith("lora_B.bias") for key in bias)
-    assert fit_lora(bias, full)[0].keys() == bias.keys()
+    full = shared()
+    for config, part in (
+        (LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, use_dora=True), "magnitude"),
+        (LoraConfig(r=2, target_modules=["to_out.0"], init_lora_weights=False, lora_bias=True), "lora_B.bias"),
+    ):
+        other = build()
+        other.add_adapter(config)
+        state = get_peft_model_state_dict(other)
+        assert any(part in key for key in state)
+        assert fit_lora(state, full)[0].keys() == state.keys()
     scale = {"lora_unet_conv_in.dora_scale": torch.ones(8, 1, 1, 1)}
-    state = kohya(lora_of(full, ["conv_in"])) | scale
+    state = kohya(halves()) | scale
     assert fit_lora(state, full)[0].keys() == state.keys()
 
 
@@ -200,16 +198,15 @@ def test_kohya():
         return 1.0 if "attn" in key else 0.5
 
     name = "bk-sdm-base"
-    full = full_of(name)
-    state = lora_of(full, SOME)
+    state = lora_of(name, SOME)
     scaled = {key: value * (alpha(key) / 2 if "lora_B" in key else 1) for key, value in state.items()}
     text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 8)}
-    small = pruned(name, full)
+    small = pruned(name)
     fitted, report = fit_lora(kohya(state, alpha) | text, small)
     assert text.items() <= fitted.items()
     assert report == fit_lora(state, small)[1]
     load_as_pipelines_do(small, {key: value for key, value in fitted.items() if key not in text})
-    assert relative_error(call(small), call(pruned(name, fused(full, scaled)))) < 1e-4
+    assert relative_error(call(small), call(fused(name, scaled))) < 1e-4
 
 
 def test_small_alphas_in_half_precision():
@@ -218,7 +215,7 @@ def test_small_alphas_in_half_precision():
         "lora_unet_conv_in.lora_up.weight": torch.full((8, 128, 1, 1), 0.001, dtype=torch.float16),
         "lora_unet_conv_in.alpha": torch.tensor(1.0),
     }
-    fitted, _ = fit_lora(state, build())
+    fitted, _ = fit_lora(state, shared())
     assert fitted.keys() == state.keys() - {"lora_unet_conv_in.alpha"}
     down, up = (fitted[f"lora_unet_conv_in.lora_{part}.weight"] for part in ("down", "up"))
     assert down.dtype == up.dtype == torch.float16
@@ -252,7 +249,7 @@ SGM = {
 
 
 def test_kohya_of_sdxl():
-    full = build(SMALL_XL)
+    full = shared("ssd-1b")
     weights = {path: module.weight for path, module in full.named_modules() if hasattr(module, "weight")}
     state = {
         f"lora_unet_{name}.lora_{part}.weight": torch.ones(
@@ -266,7 +263,7 @@ def test_kohya_of_sdxl():
     convert = diffusers.StableDiffusionXLPipeline.lora_state_dict
     given, _ = convert(dict(state), unet_config=full.config)
     assert convert(dict(fitted), unet_config=full.config)[0].keys() == given.keys()
-    small = fastsd.compress(full, "ssd-1b")
+    small = pruned("ssd-1b")
     fitted, report = fit_lora(state, small)
     assert report.skipped == (
         "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj",
@@ -279,7 +276,7 @@ def test_kohya_of_sdxl():
 
 
 def test_refusals():
-    small = fastsd.compress(build(), "bk-sdm-base")
+    small = pruned("bk-sdm-base")
     shape = torch.ones(2, 4, 3, 3)
     with pytest.raises(ValueError, match=r"it has none for 'unet\.down_blocks\.7\.resnets\.0\.conv1\.lora_A\.weight'"):
         fit_lora({"unet.down_blocks.7.resnets.0.conv1.lora_A.weight": shape}, small)
@@ -343,4 +340,4 @@ KOHYA_CONV_IN = halves("lora_unet_conv_in", names=("lora_down", "lora_up"))
 )
 def test_what_is_no_lora(state, message):
     with pytest.raises(ValueError, match=message):
-        fit_lora(state, build())
+        fit_lora(state, shared())

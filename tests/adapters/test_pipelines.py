@@ -6,10 +6,11 @@ import torch
 
 import fastsd
 from fastsd.adapters import fit_controlnet, fit_ip_adapter, fit_lora
-from tests.adapters.models import relative_error
+from tests.adapters.models import pruned, relative_error
 from tests.adapters.test_controlnet import controlnet_of
 from tests.adapters.test_lora import SOME, lora_of
-from tests.compress.models import build
+from tests.combinations import long
+from tests.compress.models import shared
 from tests.patching.gri import ip_adapter
 
 
@@ -49,14 +50,14 @@ def draw(pipe, **options):
     return result.images
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("bk-sdm-small")])
 @torch.no_grad()
 def test_all_of_them(name, tmp_path):
-    full = build()
+    full = shared()
     torch.manual_seed(7)
-    lora = {f"unet.{key}": value for key, value in lora_of(full, SOME).items()}
+    lora = {f"unet.{key}": value for key, value in lora_of("", SOME).items()}
     image = ip_adapter(full)
-    fastsd.compress(full, name).save_pretrained(tmp_path)
+    pruned(name).save_pretrained(tmp_path)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
     controlnet, _ = fit_controlnet(controlnet_of(full), unet)
     pipe = pipeline_of(unet, controlnet)

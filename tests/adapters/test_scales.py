@@ -10,7 +10,8 @@ from fastsd.adapters.origin import attentions_of
 from tests.adapters.models import WHEN, patched_around, pruned, relative_error
 from tests.adapters.test_lora import EVERYWHERE, SOME, lora_of
 from tests.adapters.test_pipelines import pipeline_of
-from tests.compress.models import build, call
+from tests.combinations import each_value, long
+from tests.compress.models import call, shared
 from tests.patching.gri import ip_adapter
 
 # as A-SDM without the mixed kernels: a stock U-Net
@@ -23,12 +24,12 @@ UNEQUAL = ("stock", "a-sdm")
 
 
 def small_of(name):
-    return fastsd.compress(build(), SHORT if name == "stock" else name)
+    return fastsd.compress(shared(), SHORT if name == "stock" else name)
 
 
 def with_images(small, count=1):
     torch.manual_seed(7)
-    fitted, _ = fit_ip_adapter(ip_adapter(build()), small)
+    fitted, _ = fit_ip_adapter(ip_adapter(shared()), small)
     small._load_ip_adapter_weights([fitted] * count if count > 1 else fitted)
     return small
 
@@ -46,8 +47,7 @@ def call_with_images(small):
     return call(small, added_cond_kwargs={"image_embeds": [torch.randn(2, 1, 6, generator=generator)]})
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", UNEQUAL)
+@each_value("name,when", UNEQUAL, WHEN)
 @torch.no_grad()
 def test_ip_adapter_on_levels_of_different_length(name, when):
     plain = small_of(name)
@@ -88,7 +88,7 @@ def test_ip_adapter_as_diffusers_does():
     assert found["mid_block.attentions.0.transformer_blocks.0.attn2"] == [0.0]
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("bk-sdm-small")])
 def test_without_a_mid_block(name):
     """Where diffusers takes a number, and no dict."""
     small = with_images(with_loras(small_of(name)))
@@ -129,7 +129,7 @@ def test_several_ip_adapters():
 @torch.no_grad()
 def test_face_id_on_levels_of_different_length():
     """Diffusers fails when it sets the strength of its LoRA; all is loaded then."""
-    full, small = build(), small_of("stock")
+    full, small = shared(), small_of("stock")
     state = ip_adapter(full)
     for number, path in enumerate(attentions_of(full)):
         layer = full.get_submodule(path)
@@ -149,7 +149,7 @@ def test_face_id_on_levels_of_different_length():
 
 def with_loras(small, targets=SOME):
     """Two of them."""
-    lora = lora_of(build(), targets)
+    lora = lora_of("", targets)
     for name, factor in (("one", 1.0), ("two", -0.5)):
         fitted, _ = fit_lora({key: factor * value if "lora_B" in key else value for key, value in lora.items()}, small)
         small.load_lora_adapter(fitted, prefix=None, adapter_name=name)
@@ -162,8 +162,7 @@ def scaled(small, name):
     }
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", UNEQUAL)
+@each_value("name,when", UNEQUAL, WHEN)
 @torch.no_grad()
 def test_lora_on_levels_of_different_length(name, when):
     plain = small_of(name)
@@ -187,7 +186,7 @@ def test_lora_on_levels_of_different_length(name, when):
 
 @torch.no_grad()
 def test_lora_as_diffusers_does():
-    small, other = (with_loras(pruned("bk-sdm-base"), ["to_q", "ff.net.2", "proj_in"]) for _ in range(2))
+    small, other = (with_loras(pruned("bk-sdm-base"), ("to_q", "ff.net.2", "proj_in")) for _ in range(2))
     other.set_adapters(["one", "two"], weights=[{"up": {"block_1": [0.0, 2.0]}, "mid": 0.5}, 0.5])
     set_adapters(
         small,

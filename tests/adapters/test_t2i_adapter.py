@@ -6,10 +6,10 @@ import torch
 
 import fastsd
 from fastsd.adapters import fit_t2i_adapter
-from tests.adapters.models import WHEN, full_of, patched_around, pruned, relative_error
-from tests.compress.models import SMALL_SD, SMALL_XL, build, call
+from tests.adapters.models import WHEN, patched_around, pruned, relative_error
+from tests.combinations import each_value, long
+from tests.compress.models import PLANS, SMALL_SD, SMALL_XL, build, call
 
-SD_NAMES = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "a-sdm")
 IMAGE = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(4))
 
 
@@ -49,7 +49,7 @@ def levels(unet, features):
     return found
 
 
-@pytest.mark.parametrize("name", SD_NAMES)
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", "a-sdm", *long("bk-sdm-base", "bk-sdm-small")])
 @torch.no_grad()
 def test_each_map_reaches_its_level(name):
     small = pruned(name)
@@ -73,20 +73,19 @@ def test_what_has_no_level_is_not_used():
     assert not torch.equal(call_with(small, features[:2]), expected)
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", ["bk-sdm-small", "bk-sdm-tiny", "ssd-1b"])
+@each_value("name,when", ["bk-sdm-tiny", "ssd-1b"], WHEN)
 @torch.no_grad()
 def test_with_patch(name, when):
     kind = "full_adapter_xl" if name == "ssd-1b" else "full_adapter"
     features = features_of(kind)
-    small = pruned(name, full_of(name))
+    small = pruned(name)
     expected = call_with(small, [feature.clone() for feature in features])
     assert relative_error(call(small), expected) > 1e-3
     patched_around(small, when, lambda small: None)
     assert relative_error(call_with(small, features), expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", [*SD_NAMES, "ssd-1b", "vega"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", "vega", *long("bk-sdm-base", "bk-sdm-small", "a-sdm", "ssd-1b")])
 @torch.no_grad()
 def test_recipes_need_no_fit(name):
     kind = "full_adapter_xl" if name in ("ssd-1b", "vega") else "full_adapter"
@@ -103,7 +102,7 @@ def test_recipes_need_no_fit(name):
 def test_a_block_without_its_transformers(kind, config):
     """Diffusers would add the map behind the downsampler."""
     full = build(config)
-    small = pruned("all_transformers_of_a_block", full)
+    small = fastsd.compress(full, PLANS["all_transformers_of_a_block"])
     features = features_of(kind)
     with pytest.raises(RuntimeError, match="must match the size"):
         call_with(small, features)

@@ -8,6 +8,7 @@ import torch
 from bench import blocks
 from bench.__main__ import main
 from fastsd_kernels.conv2d import cpu_impl
+from tests.combinations import long
 
 
 def bench(*arguments):
@@ -24,7 +25,7 @@ def test_blocks_of_a_model():
     assert len(blocks.distinct("vae-sd", 1, 64)) < sum(blocks.distinct("vae-sd", 1, 64).values())
 
 
-@pytest.mark.parametrize("model", ["sdxl", "vae-sd", "bk-tiny"])
+@pytest.mark.parametrize("model", ["vae-sd", "bk-tiny", *long("sdxl")])
 def test_only_one_block_takes_memory(model):
     for block in blocks.distinct(model, 1, None):
         tensors = [value for value in block.arguments if isinstance(value, torch.Tensor)]
@@ -39,6 +40,7 @@ def test_sizes_that_an_upsampling_is_asked_for():
     assert holder[0](*given).shape == (1, 1280, 5, 5)
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_compiled_block_of_a_vae(capsys):
     assert bench("--model", "vae-sd", "--blocks", "ResnetBlock2D 1x512->512x8x8", "--compile") == 0
     assert "compile ms" in capsys.readouterr().out
@@ -61,6 +63,7 @@ def test_result_file(tmp_path, capsys):
     assert "speed-up" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_a_wrong_block_does_not_count(monkeypatch, capsys):
     right = cpu_impl.run
     monkeypatch.setattr(cpu_impl, "run", lambda *arguments: right(*arguments) * 1.01)

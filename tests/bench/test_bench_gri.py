@@ -16,7 +16,13 @@ from fastsd_kernels.gri_attention import op
 
 @pytest.mark.parametrize(
     ("name", "window"),
-    [("composition", 4), ("composition", 16), ("merge", 4), ("flex", 4), ("flex", 16)],
+    [
+        ("composition", 4),
+        ("composition", 16),
+        ("merge", 4),
+        ("flex", 4),
+        pytest.param("flex", 16, marks=pytest.mark.long),
+    ],
 )
 def test_compositions_are_gri(name, window):
     given = bench.sample_of(bench.Case(2, 3, 16, 8, window, 4), "small", torch.device("cpu"), torch.float32).kwargs

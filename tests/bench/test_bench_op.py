@@ -41,6 +41,7 @@ def test_result_file(tmp_path, capsys):
     assert "GB/s" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("known_ceilings")
 @pytest.mark.parametrize("cache", ["warm", "cold"])
 def test_cold_calls_have_arguments_of_their_own(cache, tmp_path, monkeypatch):
     seen = set()
@@ -66,6 +67,7 @@ def test_a_cold_clock_flushes_before_each_run(monkeypatch):
         assert log == expected
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch):
     right = reference.run
     monkeypatch.setenv("FASTSD_BACKEND", "reference")
@@ -77,6 +79,7 @@ def test_result_outside_the_contract_is_not_timed(tmp_path, capsys, monkeypatch)
     assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["eager"]
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_a_backend_that_fails_leaves_eager(capsys, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("out of order")
@@ -89,6 +92,7 @@ def test_a_backend_that_fails_leaves_eager(capsys, monkeypatch):
     assert "eager" in captured.out
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_a_case_that_is_not_served_is_said(capsys, monkeypatch):
     monkeypatch.setenv("FASTSD_BACKEND", "cpu")
     monkeypatch.setattr(cpu_impl, "unavailable", lambda: None)

@@ -11,7 +11,7 @@ from fastsd import models
 from fastsd.cli import compress, main
 from fastsd.compress.measure import measure, total
 from fastsd.models import NamedModel
-from tests.compress.models import SMALL_SD, build
+from tests.compress.models import SMALL_SD, build, shared
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("recipe", ["bk-sdm-small", "a-sdm"])
 def test_saved_and_summed_up(recipe, tmp_path, capsys):
     out, path = tmp_path / "new" / "out", tmp_path / "summary.json"
-    assert run("small-sd", "--recipe", recipe, "--out", out, "--repeats", "2", "--json", path) == 0
+    assert run("small-sd", "--recipe", recipe, "--out", out, "--repeats", "1", "--json", path) == 0
     saved = fastsd.load(out)
     expected = fastsd.compress(models.load("small-sd"), recipe)
     assert type(saved) is type(expected)
@@ -68,7 +68,7 @@ def test_saved_and_summed_up(recipe, tmp_path, capsys):
 
 def test_dry_run_saves_and_times_nothing(tmp_path, monkeypatch, capsys):
     folder, path = tmp_path / "stock", tmp_path / "summary.json"
-    build().save_pretrained(folder)
+    shared().save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.unlink()  # no weights are read
 
@@ -123,7 +123,7 @@ def test_refused_requests(given, says, tmp_path, capsys):
     places["FULL"].mkdir()
     (places["FULL"] / "mine").write_text("kept")
     if "COMPRESSED" in given:
-        fastsd.compress(build(), "a-sdm").save_pretrained(places["COMPRESSED"])
+        fastsd.compress(shared(), "a-sdm").save_pretrained(places["COMPRESSED"])
     assert run(*(places.get(word, word) for word in given)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

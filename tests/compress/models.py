@@ -1,5 +1,6 @@
 """Small U-Nets of the structure of SD1.x and SDXL, with random weights, and how their results are compared."""
 
+import functools
 from typing import Any
 
 import diffusers
@@ -26,6 +27,13 @@ SMALL_XL: dict[str, Any] = {
     "transformer_layers_per_block": (1, 2, 10),
     "use_linear_projection": True,
 }
+# two levels: for what no recipe is needed for
+SMALLEST = SMALL_SD | {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
 SD_RECIPES = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "a-sdm")
 XL_RECIPES = ("ssd-1b", "vega")
 
@@ -43,9 +51,23 @@ def for_recipe(name: str) -> Any:
     return build(SMALL_XL if name in XL_RECIPES else SMALL_SD)
 
 
+def shared(name: str = "") -> Any:
+    """One that all tests share, for a recipe or a plan: to be read and called only."""
+    return _shared(name in XL_RECIPES)
+
+
+@functools.cache
+def _shared(is_xl: bool) -> Any:
+    return build(SMALL_XL if is_xl else SMALL_SD)
+
+
 @torch.no_grad()
 def call(model: Any, **inputs: Any) -> torch.Tensor:
     return flat_output(model(**example_inputs(model, 2, 16, tokens=7) | inputs))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def config_of(model: Any) -> dict[str, Any]:
@@ -73,3 +95,11 @@ PLANS = {
         routing="softmax",
     ),
 }
+# every kind of module that a plan makes of SMALLEST
+EVERYTHING = fastsd.Plan(
+    removed=("up_blocks.1.attentions.0", "mid_block.attentions.0"),
+    bypassed=("up_blocks.1.resnets.0", "mid_block.resnets.1"),
+    experts={"up_blocks.0.resnets.0.conv2": ("up_blocks.0.resnets.1.conv2",)},
+    gri=fastsd.GRI(4, 2),
+    name="everything",
+)

@@ -10,7 +10,8 @@ from fastsd import models
 from fastsd.compress.measure import Cost, measure, stages, timed, total
 from fastsd.compress.model import build as build_compressed
 from fastsd.compress.recipes import recipe
-from tests.compress.models import build, config_of
+from tests.combinations import long
+from tests.compress.models import build, config_of, shared
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", [None, *PUBLISHED])
+@pytest.mark.parametrize("name", [None, "bk-sdm-tiny", *long("bk-sdm-base", "bk-sdm-small")])
 def test_sizes_of_sd(name, sd15):
     unet = sd15 if name is None else build_compressed(config_of(sd15), recipe(name, config_of(sd15)))[0]
     parameters, macs, attention = PUBLISHED.get(name, (859_520_964, 338.6, 63.0))
@@ -55,7 +56,7 @@ def test_a_sdm_counts_gri_attention_and_mixing(sd15):
 
 
 def test_stages_hold_every_parameter():
-    unet = build()
+    unet = shared()
     found = measure(unet, latent=16, tokens=7)
     assert list(found) == [
         *("conv_in", "embeddings", "down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3", "mid_block"),
@@ -68,7 +69,7 @@ def test_stages_hold_every_parameter():
 
 
 def test_the_model_is_left_as_it_is_and_patching_changes_no_count():
-    unet = fastsd.compress(build(), "a-sdm")
+    unet = fastsd.compress(shared(), "a-sdm")
     before = {name: (value.data_ptr(), value.device.type) for name, value in unet.state_dict().items()}
     classes = [type(module) for module in unet.modules()]
     found = measure(unet, batch=2, latent=24, tokens=7)
@@ -81,7 +82,7 @@ def test_the_model_is_left_as_it_is_and_patching_changes_no_count():
 
 
 def test_twice_the_samples_compute_twice():
-    unet = build()
+    unet = shared()
     once, twice = (total(measure(unet, batch=batch, latent=16, tokens=7)) for batch in (1, 2))
     assert twice.attention_macs == 2 * once.attention_macs
     assert twice.macs == 2 * once.macs

@@ -10,16 +10,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
-from fastsd.compress import RECIPES, recipe
+from fastsd.compress import recipe
 from fastsd.models import example_inputs
 from fastsd.nn.cond_conv import CondConv2d
 from fastsd.nn.skip import SkippedResnet
 from fastsd.patching.report import NO_RULE
-from tests.compress.models import PLANS, build, call, config_of, for_recipe, trained
-
-
-def relative_error(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
+from tests.combinations import long
+from tests.compress.models import EVERYTHING, PLANS, SMALLEST, build, call, config_of, relative_error, shared, trained
 
 
 def ops_of(model):
@@ -38,10 +35,11 @@ def ops_of(model):
     return calls
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *PLANS])
+@pytest.mark.parametrize(
+    "name", ["bk-sdm-tiny", "a-sdm", "vega", *long("bk-sdm-base", "bk-sdm-small", "ssd-1b", *PLANS)]
+)
 def test_as_unpatched_and_nothing_is_left(name):
-    plan = PLANS.get(name, name)
-    small = trained(fastsd.compress(for_recipe(name), plan))
+    small = trained(fastsd.compress(shared(name), name))
     expected = call(small)
     if name == "a-sdm":
         # patch gives it GRI attention; a window that covers the map is full attention
@@ -57,7 +55,7 @@ def test_as_unpatched_and_nothing_is_left(name):
 
 
 def test_a_sdm_runs_as_fused_as_can_be():
-    small = fastsd.patch(fastsd.compress(build(), "a-sdm"))
+    small = fastsd.patch(fastsd.compress(shared(), "a-sdm"))
     calls = ops_of(small)
     assert calls["cond_conv2d"] == 5
     assert calls["gri_attention"] == 3
@@ -67,12 +65,12 @@ def test_a_sdm_runs_as_fused_as_can_be():
 
 
 def test_gri_comes_from_the_plan():
-    small = fastsd.compress(build(), "a-sdm")
+    small = fastsd.compress(shared(), "a-sdm")
     exact = call(small)
     fastsd.patch(small)
     assert len([entry for entry in fastsd.report(small).entries if entry.approximate]) == 3
-    by_hand = fastsd.patch(fastsd.compress(build(), fastsd.Plan(recipe("a-sdm", config_of(build())).removed)),
-                           gri=fastsd.GRI(16, 4))  # fmt: skip
+    pruned = fastsd.Plan(recipe("a-sdm", config_of(shared())).removed)
+    by_hand = fastsd.patch(fastsd.compress(shared(), pruned), gri=fastsd.GRI(16, 4))
     assert relative_error(call(small), call(by_hand)) <= 1e-4
     fastsd.patch(small, gri=fastsd.GRI(window=4, pool=2))
     other = call(small)
@@ -83,7 +81,7 @@ def test_gri_comes_from_the_plan():
 
 def test_shortcuts_read_both_maps_where_they_are():
     plan = fastsd.Plan(bypassed=tuple(f"up_blocks.0.resnets.{layer}" for layer in range(3)))
-    small = fastsd.compress(build(), plan)
+    small = fastsd.compress(shared(), plan)
     expected, stock = call(small), ops_of(small)
     assert stock["cat"] >= 12
     fastsd.patch(small)
@@ -95,7 +93,7 @@ def test_shortcuts_read_both_maps_where_they_are():
 
 @torch.no_grad()
 def test_skipped_blocks_called_alone():
-    small = fastsd.patch(fastsd.compress(build(), PLANS["bypassed"]))
+    small = fastsd.patch(fastsd.compress(shared(), PLANS["bypassed"]))
     block = small.up_blocks[3].resnets[2]
     assert isinstance(block, SkippedResnet)
     x, skip = torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
@@ -110,7 +108,7 @@ def test_skipped_blocks_called_alone():
 
 @torch.no_grad()
 def test_what_is_put_on_a_mixing_convolution_runs():
-    expected = trained(fastsd.compress(build(), PLANS["experts"]))
+    expected = trained(fastsd.compress(shared(), PLANS["experts"]))
     small = fastsd.patch(copy.deepcopy(expected))
     conv = small.up_blocks[1].resnets[0].conv2
     assert ops_of(small)["cond_conv2d"] == 1
@@ -129,7 +127,7 @@ def test_what_is_put_on_a_mixing_convolution_runs():
 @torch.no_grad()
 def test_offloaded_and_cast(is_patched):
     """What moves or casts weights around each call does so for a routing, too."""
-    small = trained(fastsd.compress(build(), PLANS["experts"]))
+    small = trained(fastsd.compress(shared(), PLANS["experts"]))
     inputs = example_inputs(small, 2, 16, tokens=7)
     expected = small(**inputs)[0]
     offloaded = accelerate.cpu_offload(copy.deepcopy(small), execution_device=torch.device("cpu"))
@@ -143,7 +141,7 @@ def test_offloaded_and_cast(is_patched):
 
 
 def test_gradients_as_unpatched():
-    small = fastsd.compress(build(), "a-sdm").train()
+    small = fastsd.compress(shared(), "a-sdm").train()
     gradients = []
     for model in (copy.deepcopy(small), fastsd.patch(copy.deepcopy(small), gri=fastsd.GRI(16, 4))):
         model(**example_inputs(model, 2, 16, tokens=7))[0].square().mean().backward()
@@ -156,19 +154,20 @@ def test_gradients_as_unpatched():
 
 @torch.no_grad()
 def test_compiled():
+    """Every kind of module that a plan makes, in one graph."""
+    small = fastsd.patch(fastsd.compress(build(SMALLEST), EVERYTHING))
+    calls, expected = ops_of(small), call(small)
+    assert min(calls[name] for name in ("cond_conv2d", "gri_attention", "resnet_block")) > 0
     torch._dynamo.reset()
-    for name in ("a-sdm", "bypassed"):
-        small = fastsd.patch(fastsd.compress(build(), PLANS.get(name, name)))
-        expected = call(small)
-        small.compile(fullgraph=True, backend="aot_eager")
-        assert relative_error(call(small), expected) <= 1e-4
+    small.compile(fullgraph=True, backend="aot_eager")
+    assert relative_error(call(small), expected) <= 1e-4
     torch._dynamo.reset()
 
 
 @torch.no_grad()
 def test_lora():
     """On attention it goes as on any model; peft says of a mixing convolution that it does not know it."""
-    expected = fastsd.compress(build(), "a-sdm")
+    expected = fastsd.compress(shared(), "a-sdm")
     small = fastsd.patch(copy.deepcopy(expected), gri=fastsd.GRI(16, 4))
     for model in (expected, small):
         torch.manual_seed(0)

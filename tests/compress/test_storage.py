@@ -4,8 +4,6 @@ import errno
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -15,41 +13,17 @@ from safetensors.torch import load_file, save_file
 
 import fastsd
 from fastsd import models
-from fastsd.compress import RECIPES
 from fastsd.compress.storage import PLAN_FILE, WEIGHTS_FILE
-from tests.compress.models import PLANS, SMALL_SD, build, call, config_of, for_recipe, trained
+from tests.combinations import long
+from tests.compress.models import EVERYTHING, PLANS, SMALL_SD, SMALLEST, build, call, shared, trained
 
 STOCK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 STOCK_INDEX = f"{STOCK_WEIGHTS}.index.json"
 
-_LOAD = """
-import sys, torch
-import fastsd
-from tests.compress.models import call
-torch.set_num_threads(int(sys.argv[1]))  # another number rounds otherwise
-for folder in sys.argv[2:]:
-    model = fastsd.load(folder)
-    torch.save((type(model).__name__, call(model)), folder + "/result.pt")
-"""
 
-
-def test_every_recipe_and_plan_in_a_fresh_process(tmp_path):
-    expected = {}
-    for name in (*RECIPES, *PLANS):
-        small = trained(fastsd.compress(for_recipe(name), PLANS.get(name, name)))
-        small.save_pretrained(tmp_path / name)
-        expected[name] = type(small).__name__, call(small)
-    folders = (str(tmp_path / name) for name in expected)
-    subprocess.run([sys.executable, "-c", _LOAD, str(torch.get_num_threads()), *folders], check=True)
-    for name, (class_name, result) in expected.items():
-        loaded_class, loaded = torch.load(tmp_path / name / "result.pt", weights_only=True)
-        assert loaded_class == class_name, name
-        assert torch.equal(loaded, result), name
-
-
-@pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "ssd-1b", "vega"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", "vega", *long("bk-sdm-base", "bk-sdm-small", "ssd-1b")])
 def test_what_stock_can_say_is_stock(tmp_path, name):
-    small = fastsd.compress(for_recipe(name), name)
+    small = fastsd.compress(shared(name), name)
     small.save_pretrained(tmp_path)
     assert not (tmp_path / PLAN_FILE).exists()
     stock = diffusers.UNet2DConditionModel.from_pretrained(tmp_path, local_files_only=True)
@@ -57,9 +31,9 @@ def test_what_stock_can_say_is_stock(tmp_path, name):
     assert torch.equal(call(stock.eval()), call(small))
 
 
-@pytest.mark.parametrize("name", ["a-sdm", "bypassed", "transformer", "experts"])
+@pytest.mark.parametrize("name", ["a-sdm", "bypassed", *long("transformer", "experts")])
 def test_stock_loading_of_what_it_cannot_say_fails(tmp_path, name):
-    fastsd.compress(build(), PLANS.get(name, name)).save_pretrained(tmp_path)
+    fastsd.compress(shared(), PLANS.get(name, name)).save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"config.json"):
         diffusers.UNet2DConditionModel.from_pretrained(tmp_path, local_files_only=True)
 
@@ -68,8 +42,9 @@ def test_stock_loading_of_what_it_cannot_say_fails(tmp_path, name):
 def saved(tmp_path_factory):
     """A compressed model and a stock one, to be copied."""
     folder = tmp_path_factory.mktemp("saved")
-    fastsd.compress(build(), "a-sdm").save_pretrained(folder / "compressed")
-    build().save_pretrained(folder / "stock", max_shard_size="100KB")
+    unet = build(SMALLEST)
+    fastsd.compress(unet, EVERYTHING).save_pretrained(folder / "compressed")
+    unet.save_pretrained(folder / "stock", max_shard_size="100KB")
     return folder
 
 
@@ -86,7 +61,7 @@ def stock(saved, tmp_path):
 def test_dtype_and_class_method(folder):
     half = fastsd.load(folder, dtype=torch.float16)
     assert half.dtype == torch.float16
-    assert half.compression.plan.name == "a-sdm"
+    assert half.compression.plan == EVERYTHING
     same = fastsd.CompressedUNet2DConditionModel.from_pretrained(folder)
     assert torch.equal(call(same), call(fastsd.load(folder)))
     assert not same.training
@@ -131,8 +106,8 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch, failing):
 
 
 def test_a_stock_model_saved_over_a_compressed_one(tmp_path):
-    fastsd.compress(build(), "a-sdm").save_pretrained(tmp_path / "unet")
-    fastsd.compress(build(), "bk-sdm-small").save_pretrained(tmp_path / "unet")
+    fastsd.compress(shared(), "a-sdm").save_pretrained(tmp_path / "unet")
+    fastsd.compress(shared(), "bk-sdm-small").save_pretrained(tmp_path / "unet")
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDIMPipeline"}')
     both = r"got fastsd_plan\.json of the one and config\.json of the other"
     with pytest.raises(fastsd.CheckpointError, match=both):
@@ -144,18 +119,20 @@ def test_a_stock_model_saved_over_a_compressed_one(tmp_path):
             models.load(str(folder))
 
 
-@pytest.mark.parametrize("there", ["config.json", STOCK_WEIGHTS, STOCK_INDEX, "diffusion_pytorch_model.fp16.bin"])
-def test_a_compressed_model_saved_over_a_stock_one(tmp_path, there):
-    (tmp_path / there).write_text("{}")
-    with pytest.raises(fastsd.CheckpointError, match=f"expected no stock model .* got {there}: remove"):
-        fastsd.compress(build(), "a-sdm").save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [there]
+def test_a_compressed_model_saved_over_a_stock_one(tmp_path):
+    small = fastsd.compress(shared(), "a-sdm")
+    for there in ("config.json", STOCK_WEIGHTS, STOCK_INDEX, "diffusion_pytorch_model.fp16.bin"):
+        (tmp_path / there).write_text("{}")
+        with pytest.raises(fastsd.CheckpointError, match=f"expected no stock model .* got {there}: remove"):
+            small.save_pretrained(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [there]
+        (tmp_path / there).unlink()
 
 
 def test_saving_what_is_no_compressed_model(tmp_path):
     with pytest.raises(fastsd.CheckpointError, match=r"expected one that fastsd\.compress has made"):
         fastsd.CompressedUNet2DConditionModel(**SMALL_SD).save_pretrained(tmp_path / "new")
-    tied = fastsd.compress(build(), "a-sdm")
+    tied = fastsd.compress(shared(), "a-sdm")
     tied.conv_norm_out.bias = tied.conv_norm_out.weight
     with pytest.raises(fastsd.CheckpointError, match=r"conv_norm_out.bias is conv_norm_out.weight: give it a copy"):
         tied.save_pretrained(tmp_path / "new")
@@ -195,7 +172,7 @@ def test_the_class_method_says_what_else_loads(tmp_path):
 
 
 def test_what_a_model_was_before_that(tmp_path):
-    small = fastsd.compress(fastsd.compress(build(), "bk-sdm-base"), PLANS["transformer"])
+    small = fastsd.compress(fastsd.compress(shared(), "bk-sdm-base"), PLANS["transformer"])
     assert small.compression.before.plan.name == "bk-sdm-base"
     small.save_pretrained(tmp_path)
     loaded = fastsd.load(tmp_path).compression
@@ -250,51 +227,23 @@ def many_digits(folder):
 DAMAGES = {
     "no_weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "no such file"),
     "no_plan": (lambda f: (f / PLAN_FILE).unlink(), "expected a folder with fastsd_plan.json or config.json"),
-    "cut_plan": (lambda f: cut(f / PLAN_FILE, 500), "expected a plan as JSON"),
-    "empty_plan": (lambda f: cut(f / PLAN_FILE, 0), "expected a plan as JSON"),
-    "binary_plan": (lambda f: (f / PLAN_FILE).write_bytes(b"\xff\xfe\x00"), "expected a plan as JSON"),
     "deep_plan": (lambda f: (f / PLAN_FILE).write_text("[" * 200_000), "expected a plan as JSON"),
     "huge_plan": (lambda f: (f / PLAN_FILE).write_text(" " * (2 << 20)), "at most 1048576 bytes"),
     "many_digits": (many_digits, "expected a plan as JSON"),
-    "list": (lambda f: (f / PLAN_FILE).write_text("[]"), "expected the format .* got 'list'"),
     "other_format": (lambda f: edited(f, format="version 9"), "got 'version 9'"),
     "more_keys": (lambda f: edited(f, more=1), "expected the keys format"),
-    "edited_plan": (lambda f: edited(f, plan={}), "it has changed since"),
-    "cut_weights": (lambda f: cut(f / WEIGHTS_FILE, 5000), "expected a safetensors file"),
     "empty_weights": (lambda f: cut(f / WEIGHTS_FILE, 0), "expected a safetensors file"),
     "flipped_bit": (lambda f: flip(f / WEIGHTS_FILE, -1000), "it has changed since"),
     "lacks_a_tensor": (lacks_a_tensor, r"conv_in.bias should be \(8,\), and is absent"),
-    "signed_no_plan": (
-        lambda f: signed(f, lambda d: d.update(plan=3)),
-        "plan: expected an object with the keys removed",
-    ),
-    "signed_path": (
-        lambda f: signed(f, lambda d: d["plan"]["removed"].append("../x")),
-        "expected paths such as.*'../x'",
-    ),
-    "signed_gri": (lambda f: signed(f, lambda d: d["plan"]["gri"].update(window=-1)), "gri: window: expected"),
-    "signed_argument": (lambda f: signed(f, lambda d: d["base_config"].update(code="x")), "base_config: .*got code"),
     "signed_layers": (
         lambda f: signed(f, lambda d: d["base_config"].update(layers_per_block=10**6)),
         "got layers_per_block=1000000",
-    ),
-    "signed_layers_in_words": (
-        lambda f: signed(f, lambda d: d["base_config"].update(layers_per_block="two")),
-        "got layers_per_block='two'",
-    ),
-    "signed_layers_by_name": (
-        lambda f: signed(f, lambda d: d["base_config"].update(layers_per_block={"a": 1})),
-        "got layers_per_block={'a': 1}",
     ),
     "signed_int8": (to_int8, "expected floating-point weights; .* is I8"),
     "signed_width": (lambda f: signed(f, lambda d: d["base_config"].update(in_channels=2**40)), "got in_channels="),
     "signed_other_model": (
         lambda f: signed(f, lambda d: d["base_config"].update(cross_attention_dim=16)),
         r"should be \(8, 16\), and is \(8, 8\)",
-    ),
-    "signed_nonsense": (
-        lambda f: signed(f, lambda d: d["base_config"].update(down_block_types=["Nothing"] * 4)),
-        "expected a configuration and a plan that suit",
     ),
 }
 
@@ -314,7 +263,7 @@ def test_a_plan_beside_the_weights_of_another_model(folder, tmp_path):
         fastsd.load(folder)
 
 
-@pytest.mark.parametrize("name", ["bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"])
+@pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("bk-sdm-base", "bk-sdm-small")])
 def test_the_full_models_configuration_beside_pruned_weights(tmp_path, name):
     """diffusers loads such a folder, fills it up with random layers and draws noise."""
     unet = build()
@@ -409,8 +358,6 @@ def only(name):
 
 
 STOCK_DAMAGES = {
-    "cut_config": (lambda f: cut(f / "config.json", 100), "expected a configuration as JSON"),
-    "list_config": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected an object; got list"),
     "nonsense_config": (
         lambda f: (f / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "down_block_types": [3]}'),
         "expected a UNet2DConditionModel that can be built",
@@ -419,24 +366,16 @@ STOCK_DAMAGES = {
         lambda f: (f / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "layers_per_block": 100000}'),
         "expected numbers, names and short lists; got layers_per_block=100000",
     ),
-    "cut_index": (lambda f: cut(f / STOCK_INDEX, 100), "expected an index of weights as JSON"),
-    "empty_index": (lambda f: (f / STOCK_INDEX).write_text("{}"), "expected metadata and a weight_map"),
-    "list_index": (lambda f: (f / STOCK_INDEX).write_text("[]"), "expected metadata and a weight_map"),
     "index_of_numbers": (indexed(lambda d, name: d["weight_map"].update({name: 3})), "expected metadata and a weight"),
     "index_elsewhere": (
         indexed(lambda d, name: d["weight_map"].update({name: "../x.safetensors"})),
         "to files beside it",
-    ),
-    "index_lacks_a_tensor": (
-        indexed(lambda d, name: d["weight_map"].pop(name)),
-        "expected the file of each tensor; .* and by the index in none",
     ),
     "index_names_another_file": (
         indexed(lambda d, name: d["weight_map"].update({name: d["weight_map"]["conv_in.bias"]})),
         "expected the file of each tensor",
     ),
     "no_shard": (lambda f: next(f.glob("*-of-*")).unlink(), f"the weights that {STOCK_INDEX} names; there is no such"),
-    "cut_shard": (lambda f: cut(next(f.glob("*-of-*")), 50), "expected a safetensors file"),
     "empty_weights": (only(STOCK_WEIGHTS), "expected a safetensors file"),
     "only_a_variant": (
         only("diffusion_pytorch_model.fp16.safetensors"),
@@ -473,7 +412,7 @@ def test_names_of_models_find_compressed_folders(folder):
 
 
 def test_a_pipeline_with_a_compressed_unet(tmp_path):
-    small = fastsd.compress(build(), "a-sdm")
+    small = fastsd.compress(shared(), "a-sdm")
     diffusers.DDIMPipeline(unet=small, scheduler=diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     for given in ({}, {"unet": fastsd.load(tmp_path / "unet")}):
         loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **given, local_files_only=True)
@@ -484,7 +423,7 @@ def test_a_pipeline_with_a_compressed_unet(tmp_path):
 def test_from_pipe():
     """diffusers carries over the U-Nets of exactly the stock class; docs/compression.md says what to write."""
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=4)
-    small = fastsd.compress(build(), "a-sdm")
+    small = fastsd.compress(shared(), "a-sdm")
     pipe = diffusers.StableDiffusionPipeline(
         vae, None, None, small, diffusers.DDIMScheduler(), None, None, requires_safety_checker=False
     )
@@ -492,20 +431,3 @@ def test_from_pipe():
         diffusers.StableDiffusionPipeline.from_pipe(pipe)
     assert diffusers.StableDiffusionPipeline.from_pipe(pipe, unet=pipe.unet).unet is small
     assert diffusers.AutoPipelineForImage2Image.from_pipe(pipe).unet is small
-
-
-def test_plans_as_json():
-    config = config_of(build(SMALL_SD))
-    for plan in (*PLANS.values(), fastsd.compress(build(), "a-sdm").compression.plan):
-        assert fastsd.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert json.loads(json.dumps(config)) is not None
-
-
-def test_a_pipeline_is_not_loaded_without_this_library(tmp_path):
-    """diffusers names what has to be imported."""
-    small = fastsd.compress(build(), "a-sdm")
-    diffusers.DDIMPipeline(unet=small, scheduler=diffusers.DDIMScheduler()).save_pretrained(tmp_path)
-    program = "import diffusers, sys; diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)"
-    child = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
-    assert child.returncode != 0
-    assert "import fastsd.compress.model" in child.stderr

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.combinations import seed
 from tests.contract import covering
 from tests.runners import RUNNERS
 
@@ -44,6 +45,6 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_report_header(config):
     return [
-        f"samples: {_choice(config).__name__}, FASTSD_TEST_SEED={covering.seed()}",
+        f"samples: {_choice(config).__name__}, FASTSD_TEST_SEED={seed()}",
         *(f"runner {runner.name}: {why}" for runner in RUNNERS.values() if (why := runner.unavailable())),
     ]

@@ -10,9 +10,7 @@ samples. What stands beside a pair changes from commit to commit, and with ``FAS
 import functools
 import itertools
 import operator
-import os
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from fastsd_kernels.dispatch import Op, ops
 from fastsd_kernels.testing import Sample
-from tests.artefacts import ROOT
+from tests.combinations import order
 from tests.runners.protocol import Needs, Runner
 
 Value = tuple[str, Any]  # of one factor
@@ -90,7 +88,11 @@ def largest(op: Op, runner: Runner) -> list[Case]:
     """One case: of the samples with the most arguments, in a setting that is another one for each commit."""
     everything = product(op, runner)
     most = max(len(case.sample.kwargs) for case in everything)
-    return [random.Random(seed()).choice([case for case in everything if len(case.sample.kwargs) == most])]
+    return [
+        random.Random(order(op.name, runner.name)).choice(
+            [case for case in everything if len(case.sample.kwargs) == most]
+        )
+    ]
 
 
 def covering(op: Op, runner: Runner) -> list[Case]:
@@ -99,7 +101,7 @@ def covering(op: Op, runner: Runner) -> list[Case]:
     Greedy, so not the smallest.
     """
     shuffled = product(op, runner)
-    random.Random(seed()).shuffle(shuffled)
+    random.Random(order(op.name, runner.name)).shuffle(shuffled)
     pairs, missing, compiled = _pairs(shuffled), 0, set[Any]()
     of_name: dict[str, list[Case]] = {}
     for case in shuffled:
@@ -170,15 +172,3 @@ def _shape(x: Tensor) -> Iterator[Value]:
     yield "elements", min(x.numel().bit_length() // 4, 3)
     for axis in range(1, x.dim()):
         yield f"multiple of 8 along {axis}", x.shape[axis] % 8 == 0
-
-
-def seed() -> int:
-    """``FASTSD_TEST_SEED``, or the commit's."""
-    given = os.environ.get("FASTSD_TEST_SEED")
-    return _commit() if given is None else int(given)
-
-
-@functools.cache
-def _commit() -> int:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return int(found.stdout[:8] or "0", 16)

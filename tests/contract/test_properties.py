@@ -2,12 +2,13 @@
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, seed
 from torch import Tensor
 
 from fastsd_kernels.dispatch import ops
 from fastsd_kernels.testing import Sample
 from fastsd_kernels.testing.inputs import random_tensor
+from tests.combinations import order
 from tests.contract import covering
 from tests.contract.check import check
 from tests.contract.patterns import patterns
@@ -15,7 +16,6 @@ from tests.runners import RUNNERS
 
 RUNNER = RUNNERS["cpu"]
 BY_NAME = {op.name: op for op in ops()}
-SEARCH = settings(deadline=None, suppress_health_check=list(HealthCheck))  # the profile says how long
 
 
 @st.composite
@@ -38,7 +38,7 @@ def laid_out(draw, x: Tensor) -> Tensor:
     return memory.as_strided(x.shape, strides, offset).copy_(x)
 
 
-@SEARCH
+@seed(order(__name__))
 @given(st.data())
 def test_strides(data):
     op = data.draw(st.sampled_from(ops()))
@@ -71,7 +71,8 @@ def attentions(draw, **like):
     queries, keys = draw(st.integers(1, 150)), draw(st.integers(1, 300))
     sizes = {"q": queries, "k": keys, "v": keys}
     drawn = {
-        n: random_tensor((batch, heads, size, width), **like, seed=seed) for seed, (n, size) in enumerate(sizes.items())
+        n: random_tensor((batch, heads, size, width), **like, seed=number)
+        for number, (n, size) in enumerate(sizes.items())
     }
     return drawn | ({"bias": random_tensor((batch, keys), **like, seed=4)} if draw(st.booleans()) else {})
 
@@ -85,7 +86,7 @@ def group_norms(draw, **like):
         x = x.contiguous(memory_format=torch.channels_last)
     kwargs = {"x": x, "num_groups": groups, "activation": draw(st.sampled_from(("none", "silu")))}
     if draw(st.booleans()):
-        kwargs |= {name: random_tensor((shape[1],), **like, seed=seed) for seed, name in enumerate(("weight", "bias"))}
+        kwargs |= {name: random_tensor((shape[1],), **like, seed=at) for at, name in enumerate(("weight", "bias"))}
     return kwargs
 
 
@@ -107,7 +108,7 @@ def convolutions(draw, **like):
 SHAPES = {"linear": linears, "attention": attentions, "group_norm_silu": group_norms, "conv2d": convolutions}
 
 
-@SEARCH
+@seed(order(__name__))
 @given(st.data())
 def test_shapes(data):
     name = data.draw(st.sampled_from(sorted(SHAPES)))

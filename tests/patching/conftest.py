@@ -3,13 +3,15 @@
 from typing import ClassVar
 
 import pytest
-import torch
 
 from fastsd.nn import frozen, graphs
 from fastsd_kernels.linear import cpu_speed
+from tests.combinations import choose_one_of
 from tests.patching.tape import Tape
+from tests.processes import one_thread  # noqa: F401
 
-# What must hold whichever product linear layers run through: the rows of docs/compatibility.md
+# What must hold whichever product linear layers run through: the rows of docs/compatibility.md. `make test` runs each
+# test with one of the two.
 EITHER_PRODUCT = (
     "test_patch_adapters",
     "test_patch_compile",
@@ -20,20 +22,17 @@ EITHER_PRODUCT = (
     "test_patch_verbs",
     "test_patch_weights",
 )
+PRODUCTS = ("torchs_product", "own_product")
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.module.__name__.rpartition(".")[2] in EITHER_PRODUCT:
-        metafunc.parametrize("_measured_speed", [False, True], ids=["torchs_product", "own_product"], indirect=True)
+        metafunc.parametrize("_measured_speed", [False, True], ids=PRODUCTS, indirect=True)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def pytest_collection_modifyitems(items):
+    either = [item for item in items if hasattr(item, "callspec") and "_measured_speed" in item.callspec.params]
+    choose_one_of(either, PRODUCTS)
 
 
 @pytest.fixture(autouse=True)

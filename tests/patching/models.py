@@ -27,6 +27,7 @@ _SIMPLE = {
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
 }
+_ONE_LEVEL = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 _NO_ATTENTION = {
     "block_out_channels": (4,),
     "norm_num_groups": 4,
@@ -40,6 +41,15 @@ _NO_ATTENTION = {
 # name: class, arguments, residual blocks
 _MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "unet": ("UNet2DConditionModel", TINY, 8),
+    # one level, with attention in the middle or on the way up: for what takes long with many modules
+    "small": ("UNet2DConditionModel", TINY | _ONE_LEVEL, 5),
+    "cross_up": (
+        "UNet2DConditionModel",
+        TINY
+        | _ONE_LEVEL
+        | {"up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None, "use_linear_projection": True},
+        3,
+    ),
     "scale_shift": ("UNet2DConditionModel", TINY | {"resnet_time_scale_shift": "scale_shift"}, 8),
     "resnet_sampling": ("UNet2DConditionModel", TINY | _SIMPLE, 10),
     "skip_time_act": ("UNet2DConditionModel", TINY | _SIMPLE | {"resnet_skip_time_act": True}, 10),
@@ -91,7 +101,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
         10,
     ),
 }
-NAMES = tuple(_MODELS)
+NAMES = tuple(name for name in _MODELS if name not in ("small", "cross_up"))
 
 
 def build(name: str = "unet", *, seed: int = 0) -> nn.Module:

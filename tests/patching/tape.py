@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastsd
-from tests.patching.models import build
+from tests.patching import models
 
 
 class Recorder(TorchDispatchMode):
@@ -88,7 +88,11 @@ def events(tape, *kinds):
     return [event for card in tape.made for event in card.events if event in (kinds or ("capture", "replay"))]
 
 
-def graphed(name="unet", *, most=True, seed=0):
+def build(name="small", *, seed=0):
+    return models.build(name, seed=seed)
+
+
+def graphed(name="small", *, most=True, seed=0):
     return fastsd.patch(build(name, seed=seed), cuda_graphs=most)
 
 

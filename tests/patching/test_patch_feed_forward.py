@@ -168,10 +168,3 @@ def test_in_a_model():
     assert_as_stock(call(model), stock)
     # four blocks, with two attentions of four projections each and one layer of two
     assert calls_of("linear", lambda: call(model)) == 4 * (2 * 4 + 2)
-
-
-@torch.no_grad()
-def test_row_10_compiled():
-    stock, model = call(build()), fastsd.patch(build())
-    model.compile(fullgraph=True, backend="aot_eager")
-    assert_as_stock(call(model), stock)

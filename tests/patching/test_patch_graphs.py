@@ -12,8 +12,8 @@ import fastsd
 from fastsd.models import example_inputs, flat_output
 from fastsd.nn import graphs as graphs_module
 from fastsd.nn.graphs import graphs_of
-from tests.patching.models import build, call
-from tests.patching.tape import events, graphed, state
+from tests.patching.models import call
+from tests.patching.tape import build, events, graphed, state
 
 
 @pytest.mark.parametrize("name", ["unet", "unet_2d_model", "controlnet", "linear_projections", "gligen"])

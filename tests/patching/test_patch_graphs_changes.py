@@ -21,8 +21,8 @@ import fastsd
 from fastsd.nn import frozen
 from fastsd.nn import graphs as graphs_module
 from fastsd.nn.graphs import graphs_of
-from tests.patching.models import assert_as_stock, build, call, relative_error
-from tests.patching.tape import events, graphed, state
+from tests.patching.models import assert_as_stock, call, relative_error
+from tests.patching.tape import build, events, graphed, state
 
 
 def _lora(model):

@@ -10,8 +10,8 @@ from fastsd.models import example_inputs, flat_output
 from fastsd.nn import frozen
 from fastsd.nn.capture import Card
 from fastsd.nn.graphs import EAGER_CALLS
-from tests.patching.models import assert_as_stock, build
-from tests.patching.tape import graphed, state
+from tests.patching.models import assert_as_stock
+from tests.patching.tape import build, graphed, state
 
 CALLS = EAGER_CALLS + 2  # until one is a replay of an earlier call's graph
 

@@ -13,8 +13,8 @@ from torch import nn
 import fastsd
 from fastsd.models import example_inputs, flat_output
 from fastsd.nn.graphs import graphs_of
-from tests.patching.models import Pipeline, assert_as_stock, assert_untouched, build, call, fast, fingerprint
-from tests.patching.tape import events, graphed, state
+from tests.patching.models import Pipeline, assert_as_stock, assert_untouched, call, fast, fingerprint
+from tests.patching.tape import build, events, graphed, state
 
 
 class _Doubled(ModelHook):
@@ -161,7 +161,9 @@ class TestTrace:
         assert events(tape) == []
         assert "it is compiled" in state(model).reason
 
-    @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+    @pytest.mark.parametrize(
+        "strict", [pytest.param(True, marks=pytest.mark.long), False], ids=["strict", "non_strict"]
+    )
     @torch.no_grad()
     def test_row_15_export(self, tape, strict):
         model = graphed()

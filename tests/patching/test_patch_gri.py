@@ -432,17 +432,17 @@ def test_gradients():
 @torch.no_grad()
 def test_compiled():
     torch._dynamo.reset()
-    model = fastsd.patch(build(), gri=SMALL)
+    model = fastsd.patch(build("cross_up"), gri=SMALL)
     eager = [run(model, 16, 16), run(model, 12, 20)]
     targets = []
 
     def backend(graph, inputs):
         targets.extend(node.target for node in graph.graph.nodes)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return graph
 
     model.compile(fullgraph=True, backend=backend)
     assert_as_stock(run(model, 16, 16), eager[0])
-    assert targets.count(torch.ops.fastsd.gri_attention.default) == 3
+    assert targets.count(torch.ops.fastsd.gri_attention.default) == 2
     assert_as_stock(run(model, 12, 20), eager[1])
     torch._dynamo.reset()
 

@@ -172,7 +172,7 @@ def test_every_block_of_a_model(name):
 
 
 @torch.no_grad()
-def test_compiled():
-    expected, model = call(build()), fastsd.patch(build())
+def test_row_10_compiled():
+    expected, model = call(build("cross_up")), fastsd.patch(build("cross_up"))
     model.compile(fullgraph=True, backend="aot_eager")
     assert_as_stock(call(model), expected)

@@ -1,6 +1,5 @@
 """patch, unpatch and patched: what they return, refuse, change and leave alone. Row 14 of the compatibility matrix."""
 
-import subprocess
 import sys
 import threading
 
@@ -16,6 +15,7 @@ from fastsd.models import load
 from fastsd.nn import gri_attention, transformer_block, up_block
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels import cpu_memory, dispatch
+from tests.combinations import pairwise
 from tests.patching.models import Pipeline, assert_as_stock, assert_untouched, blocks, build, call, fast, fingerprint
 
 
@@ -142,8 +142,14 @@ FULL = fastsd.GRI(window=16, pool=4, mask_own_window=True)
 
 @pytest.mark.parametrize(
     ("name", "gri"),
-    [("unet", None), ("unet", FULL), ("linear_projections", None), ("vae", None)],
-    ids=["unet", "gri", "linear_projections", "vae"],
+    [
+        pytest.param("small", None, id="small"),
+        pytest.param("cross_up", None, id="cross_up"),
+        pytest.param("cross_up", FULL, id="gri"),
+        pytest.param("vae", None, id="vae"),
+        pytest.param("unet", None, id="unet", marks=pytest.mark.long),
+        pytest.param("linear_projections", None, id="linear_projections", marks=pytest.mark.long),
+    ],
 )
 @torch.no_grad()
 def test_row_14_unpatched_while_it_runs(name, gri):
@@ -187,18 +193,23 @@ class _AtLine:
         return self._see
 
 
-@pytest.mark.parametrize(("gri", "later"), [(None, FULL), (FULL, None)], ids=["plain", "gri"])
-@pytest.mark.parametrize("is_exchanged", [False, True], ids=["unpatched", "exchanged"])
+@pairwise(
+    "name,gri,is_exchanged",
+    ["small", "cross_up"],
+    [None, FULL],
+    [False, True],
+    ids=lambda value: value if isinstance(value, str) else str(bool(value)),
+)
 @torch.no_grad()
-def test_row_14_another_patch_while_it_runs(gri, later, is_exchanged):
+def test_row_14_another_patch_while_it_runs(name, gri, is_exchanged):
     """Between any two lines, where no operation of torch runs."""
-    model = build()
+    model = build(name)
     expected = call(model)
 
     def act():
         fastsd.unpatch(model)
         if is_exchanged:
-            fastsd.patch(model, gri=later)
+            fastsd.patch(model, gri=None if gri else FULL)
 
     with _AtLine(None, None) as all_of_it:
         call(fastsd.patch(model, gri=gri))
@@ -208,28 +219,6 @@ def test_row_14_another_patch_while_it_runs(gri, later, is_exchanged):
         with _AtLine(line, act):
             assert_as_stock(call(model), expected)
     assert torch.equal(call(fastsd.unpatch(model)), expected)
-
-
-_FORK = """
-import os, sys, torch, fastsd
-from tests.patching.models import assert_as_stock, build, call
-torch.set_num_threads(1)
-with torch.no_grad():
-    model = build()
-    stock = call(model)
-    fastsd.patch(model)
-    child = os.fork()
-    assert_as_stock(call(model), stock)
-    fastsd.unpatch(model)
-    assert torch.equal(call(model), stock)
-    if child == 0:
-        os._exit(0)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_row_14_fork():
-    subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=120)
 
 
 @torch.no_grad()
