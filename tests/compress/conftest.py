@@ -2,7 +2,7 @@
 
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.processes import one_thread  # noqa: F401
+from tests.fixtures import no_gradients, one_thread  # noqa: F401
 
 
 def pytest_configure(config):
