@@ -4,9 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
-
 
 def python(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
     """What ``python *arguments`` has printed; a test in which it ends otherwise than expected has failed."""
@@ -15,12 +12,3 @@ def python(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[s
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == status, done.stderr
     return done
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For a file whose models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -11,8 +11,9 @@ import fastsd
 from tests.compress.models import PLANS, trained
 from tests.compress.models import build as build_sd
 from tests.compress.models import call as call_sd
+from tests.fixtures import one_thread  # noqa: F401
 from tests.patching import models
-from tests.processes import one_thread, python  # noqa: F401
+from tests.processes import python
 
 _WITHOUT_FASTSD = """
 import json, pickle, sys

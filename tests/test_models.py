@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMPipeline, DDPMSchedule
 
 from fastsd import CheckpointError, models
 from tests.combinations import each_value
-from tests.processes import one_thread  # noqa: F401
+from tests.fixtures import one_thread  # noqa: F401
 
 PARAMETERS = {
     "sd15": 859_520_964,

@@ -92,7 +92,6 @@ def additions(unet, control):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@torch.no_grad()
 def test_each_residual_reaches_its_map(name):
     full = shared(name)
     net = constant(controlnet_of(full))
@@ -109,7 +108,6 @@ def test_each_residual_reaches_its_map(name):
 
 
 @each_value("name,when", ["bk-sdm-tiny", "a-sdm"], WHEN)
-@torch.no_grad()
 def test_with_patch(name, when):
     net = controlnet_of(shared(name))
     small = pruned(name)
@@ -122,7 +120,6 @@ def test_with_patch(name, when):
     assert relative_error(call(small, **with_control(fitted[0], small)), expected) < 1e-4
 
 
-@torch.no_grad()
 def test_the_given_one_stays_as_it_is():
     full = shared()
     net = controlnet_of(full)
@@ -147,7 +144,6 @@ def test_the_given_one_stays_as_it_is():
     assert str(report).startswith("ControlNet: 6 of 13 places are used")
 
 
-@torch.no_grad()
 def test_fitted_again_and_copied(tmp_path):
     full = shared()
     net = controlnet_of(full)
@@ -168,7 +164,6 @@ def test_fitted_again_and_copied(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("bk-sdm-small")])
-@torch.no_grad()
 def test_forms_of_output(name):
     """Those of diffusers: two nets, guess mode, an output object, residuals that are means over the map."""
     net = controlnet_of(shared())
@@ -219,7 +214,6 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-small", "ssd-1b", *long("bk-sdm-base", "bk-sdm-tiny")])
-@torch.no_grad()
 def test_a_controlnet_of_a_pruned_unet(name):
     small = pruned(name)
     if name in ("bk-sdm-small", "bk-sdm-tiny"):

@@ -30,7 +30,6 @@ def misassigned(small, full):
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", "bypassed", *long("bk-sdm-small", "ssd-1b")])
-@torch.no_grad()
 def test_by_name(name):
     full = full_of(name)
     small = pruned(name)
@@ -46,7 +45,6 @@ def test_by_name(name):
     assert fitted["image_proj"] is state["image_proj"]
 
 
-@torch.no_grad()
 def test_by_ordinal():
     """What diffusers does with SDXL's file on SSD-1B where no width differs, so that it finds no fault."""
     full = build(SMALL_XL)
@@ -64,7 +62,6 @@ def test_by_ordinal():
 
 
 @each_value("name,when", ["bk-sdm-small", "a-sdm"], WHEN)
-@torch.no_grad()
 def test_with_patch(name, when):
     torch.manual_seed(7)
     state = ip_adapter(shared())

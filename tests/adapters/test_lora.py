@@ -62,7 +62,6 @@ def load_as_pipelines_do(unet, state):
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", "a-sdm", *long("bk-sdm-small", "ssd-1b", "bypassed")])
-@torch.no_grad()
 def test_as_fused_before(name):
     """Fused into the full model, which is compressed then, or fitted to the compressed one: the same."""
     state = lora_of(name, TARGETS.get(name, SOME))
@@ -83,7 +82,6 @@ def test_as_fused_before(name):
 
 
 @each_value("name,when", ["bk-sdm-tiny", "a-sdm"], WHEN)
-@torch.no_grad()
 def test_with_patch(name, when):
     state = lora_of(name, SOME)
     expected = pruned(name)
@@ -151,7 +149,6 @@ def test_what_is_not_for_the_unet_is_left_alone():
             assert fit_lora(state | beside, full)[0] == state | beside
 
 
-@torch.no_grad()
 def test_alphas_of_old_names():
     """Stock diffusers loads such a file, and does not look at them."""
     full = shared()
@@ -172,7 +169,6 @@ def test_alphas_of_old_names():
     assert relative_error(call(given), call(full)) > 1e-3
 
 
-@torch.no_grad()
 def test_dora_and_bias():
     """What a LoRA may have for a layer beside its two matrices."""
     full = shared()
@@ -190,7 +186,6 @@ def test_dora_and_bias():
     assert fit_lora(state, full)[0].keys() == state.keys()
 
 
-@torch.no_grad()
 def test_kohya():
     """With an alpha for each layer, of which diffusers takes the most frequent for attentions."""
 

@@ -51,7 +51,6 @@ def draw(pipe, **options):
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", *long("bk-sdm-small")])
-@torch.no_grad()
 def test_all_of_them(name, tmp_path):
     full = shared()
     torch.manual_seed(7)

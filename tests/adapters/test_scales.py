@@ -48,7 +48,6 @@ def call_with_images(small):
 
 
 @each_value("name,when", UNEQUAL, WHEN)
-@torch.no_grad()
 def test_ip_adapter_on_levels_of_different_length(name, when):
     plain = small_of(name)
     small = patched_around(small_of(name), when, with_images)
@@ -64,7 +63,6 @@ def test_ip_adapter_on_levels_of_different_length(name, when):
     assert relative_error(call_with_images(small), call(plain)) < 1e-4
 
 
-@torch.no_grad()
 def test_ip_adapter_as_diffusers_does():
     """Where both can: the same."""
     small, other = with_images(pruned("bk-sdm-base")), with_images(pruned("bk-sdm-base"))
@@ -126,7 +124,6 @@ def test_several_ip_adapters():
         set_ip_adapter_scale(small_of("a-sdm"), 0.5)
 
 
-@torch.no_grad()
 def test_face_id_on_levels_of_different_length():
     """Diffusers fails when it sets the strength of its LoRA; all is loaded then."""
     full, small = shared(), small_of("stock")
@@ -163,7 +160,6 @@ def scaled(small, name):
 
 
 @each_value("name,when", UNEQUAL, WHEN)
-@torch.no_grad()
 def test_lora_on_levels_of_different_length(name, when):
     plain = small_of(name)
     # of every kind of layer, so also of those that are in no block
@@ -184,7 +180,6 @@ def test_lora_on_levels_of_different_length(name, when):
         assert scale == (0.25 if path == "conv_in" else nearest)
 
 
-@torch.no_grad()
 def test_lora_as_diffusers_does():
     small, other = (with_loras(pruned("bk-sdm-base"), ("to_q", "ff.net.2", "proj_in")) for _ in range(2))
     other.set_adapters(["one", "two"], weights=[{"up": {"block_1": [0.0, 2.0]}, "mid": 0.5}, 0.5])

@@ -50,7 +50,6 @@ def levels(unet, features):
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", "a-sdm", *long("bk-sdm-base", "bk-sdm-small")])
-@torch.no_grad()
 def test_each_map_reaches_its_level(name):
     small = pruned(name)
     none = [torch.zeros_like(feature) for feature in features_of()]
@@ -64,7 +63,6 @@ def test_each_map_reaches_its_level(name):
         torch.testing.assert_close(after - before, given[level].expand_as(before), rtol=0, atol=1e-2)
 
 
-@torch.no_grad()
 def test_what_has_no_level_is_not_used():
     small = pruned("bk-sdm-tiny")
     features = features_of()
@@ -74,7 +72,6 @@ def test_what_has_no_level_is_not_used():
 
 
 @each_value("name,when", ["bk-sdm-tiny", "ssd-1b"], WHEN)
-@torch.no_grad()
 def test_with_patch(name, when):
     kind = "full_adapter_xl" if name == "ssd-1b" else "full_adapter"
     features = features_of(kind)
@@ -86,7 +83,6 @@ def test_with_patch(name, when):
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", "vega", *long("bk-sdm-base", "bk-sdm-small", "a-sdm", "ssd-1b")])
-@torch.no_grad()
 def test_recipes_need_no_fit(name):
     kind = "full_adapter_xl" if name in ("ssd-1b", "vega") else "full_adapter"
     small = pruned(name)
@@ -98,7 +94,6 @@ def test_recipes_need_no_fit(name):
 
 
 @pytest.mark.parametrize(("kind", "config"), [("full_adapter", SMALL_SD), ("full_adapter_xl", SMALL_XL)])
-@torch.no_grad()
 def test_a_block_without_its_transformers(kind, config):
     """Diffusers would add the map behind the downsampler."""
     full = build(config)
@@ -125,7 +120,6 @@ def test_a_block_without_its_transformers(kind, config):
     assert not report.skipped
 
 
-@torch.no_grad()
 def test_the_deepest_block_without_its_transformers():
     """It has no downsampler, so diffusers adds the map where it was added before."""
     small = fastsd.compress(
@@ -141,7 +135,6 @@ def test_the_deepest_block_without_its_transformers():
 
 
 @pytest.mark.parametrize("kinds", [1, 2])
-@torch.no_grad()
 def test_in_a_pipeline(kinds):
     small = pruned("all_transformers_of_a_block")
     given = adapter_of() if kinds == 1 else diffusers.MultiAdapter([adapter_of(), adapter_of()])

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import blocks, op
-from tests.processes import one_thread  # noqa: F401
+from tests.fixtures import one_thread  # noqa: F401
 
 
 @pytest.fixture

@@ -1,3 +1,3 @@
 """Fixtures of these tests."""
 
-from tests.processes import one_thread  # noqa: F401
+from tests.fixtures import no_gradients, one_thread  # noqa: F401

@@ -124,6 +124,7 @@ def test_removal_against_lists_that_are_cut_by_hand():
 
 
 @pytest.mark.parametrize("name", ["bk-sdm-tiny", "a-sdm", *long("bk-sdm-base", "bk-sdm-small", "ssd-1b", "vega")])
+@pytest.mark.gradients
 def test_the_given_model_is_left_as_it_is(name):
     unet = for_recipe(name).requires_grad_(False)
     unet.conv_in.requires_grad_(True)
@@ -154,7 +155,6 @@ def test_in_place(name):
     assert torch.equal(call(copy.deepcopy(unet)), expected)
 
 
-@torch.no_grad()
 def test_a_sdm_starts_as_plain_pruning():
     unet = build()
     plan = recipe("a-sdm", config_of(unet))
@@ -230,6 +230,7 @@ def test_copies_of_a_compressed_model():
         type(small).from_config(small.config)
 
 
+@pytest.mark.gradients
 def test_what_is_no_weight_is_carried_over():
     unet = build().double().train()
     unet.enable_gradient_checkpointing()
@@ -256,6 +257,7 @@ def test_processors_stay_shared():
         assert (found == {id(shared)}) == in_place
 
 
+@pytest.mark.gradients
 def test_what_was_frozen_stays_frozen():
     small = fastsd.compress(build().requires_grad_(False), "a-sdm")
     trained = {name for name, parameter in small.named_parameters() if parameter.requires_grad}
@@ -271,7 +273,6 @@ def test_entries_that_somebody_has_added():
     assert fastsd.compress(unet, "a-sdm").config.note == "mine"
 
 
-@torch.no_grad()
 def test_channels_last():
     small = fastsd.compress(shared(), "a-sdm")
     expected = call(small)

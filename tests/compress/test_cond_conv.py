@@ -17,7 +17,6 @@ def convolutions(count=3, **changes):
 
 @pytest.mark.parametrize("routing", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@torch.no_grad()
 def test_starts_as_its_own_convolution(routing, dtype):
     own, *others = (conv.to(dtype) for conv in convolutions())
     layer = fastsd.CondConv2d(own, others, routing)
@@ -34,7 +33,6 @@ def test_starts_as_its_own_convolution(routing, dtype):
     [{"stride": 2}, {"kernel_size": 1, "padding": 0}, {"bias": False}, {"padding": (0, 2)}],
     ids=str,
 )
-@torch.no_grad()
 def test_of_other_convolutions(changes):
     own, *others = convolutions(**changes)
     layer, x = fastsd.CondConv2d(own, others), torch.randn(1, 6, 8, 9)
@@ -71,7 +69,6 @@ def mixing(**changes):
     return layer
 
 
-@torch.no_grad()
 def test_channels_last():
     layer, x = mixing(), torch.randn(2, 6, 7, 5)
     expected = layer(x)
@@ -81,7 +78,6 @@ def test_channels_last():
     assert torch.equal(layer.kernels[1], layer.weight[4:8])
 
 
-@torch.no_grad()
 def test_what_is_put_on_the_routing_runs():
     layer, x = mixing(), torch.randn(2, 6, 7, 5)
     layer.routing.register_forward_hook(lambda module, args, y: y + 2)
@@ -93,6 +89,7 @@ def test_what_is_put_on_the_routing_runs():
     assert (quantised(x) - other(x)).norm() <= 0.02 * other(x).norm()
 
 
+@pytest.mark.gradients
 def test_transforms():
     layer, x = mixing().double(), torch.randn(2, 6, 5, 4, dtype=torch.float64)
     parameters = dict(layer.named_parameters())
@@ -110,12 +107,14 @@ def test_transforms():
     torch.testing.assert_close(slope, (layer(x + step) - layer(x - step)) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gradients
 def test_what_was_not_trained_is_not():
     own, *others = convolutions()
     layer = fastsd.CondConv2d(own.requires_grad_(False), others)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["routing.weight", "routing.bias"]
 
 
+@pytest.mark.gradients
 def test_every_part_learns_from_the_first_step():
     own, *others = convolutions()
     layer, x = fastsd.CondConv2d(own, others), torch.randn(4, 6, 8, 8)

@@ -91,7 +91,6 @@ def test_shortcuts_read_both_maps_where_they_are():
     assert relative_error(call(small), expected) <= 1e-4
 
 
-@torch.no_grad()
 def test_skipped_blocks_called_alone():
     small = fastsd.patch(fastsd.compress(shared(), PLANS["bypassed"]))
     block = small.up_blocks[3].resnets[2]
@@ -106,7 +105,6 @@ def test_skipped_blocks_called_alone():
     assert seen == [1]
 
 
-@torch.no_grad()
 def test_what_is_put_on_a_mixing_convolution_runs():
     expected = trained(fastsd.compress(shared(), PLANS["experts"]))
     small = fastsd.patch(copy.deepcopy(expected))
@@ -124,7 +122,6 @@ def test_what_is_put_on_a_mixing_convolution_runs():
 
 
 @pytest.mark.parametrize("is_patched", [False, True])
-@torch.no_grad()
 def test_offloaded_and_cast(is_patched):
     """What moves or casts weights around each call does so for a routing, too."""
     small = trained(fastsd.compress(shared(), PLANS["experts"]))
@@ -140,6 +137,7 @@ def test_offloaded_and_cast(is_patched):
         assert relative_error(model(**inputs)[0], expected) <= error
 
 
+@pytest.mark.gradients
 def test_gradients_as_unpatched():
     small = fastsd.compress(shared(), "a-sdm").train()
     gradients = []
@@ -152,7 +150,6 @@ def test_gradients_as_unpatched():
         assert "routing" not in name or grad.abs().max() > 0
 
 
-@torch.no_grad()
 def test_compiled():
     """Every kind of module that a plan makes, in one graph."""
     small = fastsd.patch(fastsd.compress(build(SMALLEST), EVERYTHING))
@@ -164,7 +161,6 @@ def test_compiled():
     torch._dynamo.reset()
 
 
-@torch.no_grad()
 def test_lora():
     """On attention it goes as on any model; peft says of a mixing convolution that it does not know it."""
     expected = fastsd.compress(shared(), "a-sdm")

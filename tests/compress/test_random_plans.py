@@ -4,6 +4,7 @@ import functools
 import json
 import tempfile
 
+import pytest
 import torch
 from hypothesis import given, seed
 from hypothesis import strategies as st
@@ -101,6 +102,7 @@ def numbers_left(unet, plan):
     return count
 
 
+@pytest.mark.gradients
 @seed(order("plans that suit"))
 @given(compressions())
 def test_plans_that_suit(drawn):

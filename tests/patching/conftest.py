@@ -7,8 +7,8 @@ import pytest
 from fastsd.nn import frozen, graphs
 from fastsd_kernels.linear import cpu_speed
 from tests.combinations import choose_one_of
+from tests.fixtures import no_gradients, one_thread  # noqa: F401
 from tests.patching.tape import Tape
-from tests.processes import one_thread  # noqa: F401
 
 # What must hold whichever product linear layers run through: the rows of docs/compatibility.md. `make test` runs each
 # test with one of the two.

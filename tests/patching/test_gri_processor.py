@@ -14,7 +14,6 @@ class TestProcessor:
         torch.manual_seed(0)
         return Attention(query_dim=8, heads=2, dim_head=4, bias=False).eval()
 
-    @torch.no_grad()
     def test_full_window(self):
         attn, x = self.layer(), torch.randn(2, 30, 8)
         exact = attn(x)
@@ -28,6 +27,7 @@ class TestProcessor:
         with pytest.raises(ValueError, match=r"grid: .*30 tokens"):
             attn(torch.randn(1, 30, 8))
 
+    @pytest.mark.gradients
     def test_gate_is_trained(self):
         attn = self.layer().train()
         with pytest.raises(ValueError, match="heads"):
@@ -37,14 +37,12 @@ class TestProcessor:
         attn(torch.randn(1, 64, 8)).sum().backward()
         assert attn.processor.gate.grad.abs().min() > 0
 
-    @torch.no_grad()
     def test_cross_attention_is_left_alone(self):
         attn, x, context = self.layer(), torch.randn(2, 64, 8), torch.randn(2, 5, 8)
         exact = attn(x, context)
         attn.set_processor(fastsd.GRIAttnProcessor(4, 2))
         assert torch.equal(attn(x, context), exact)
 
-    @torch.no_grad()
     def test_norms_residual_and_scale(self):
         torch.manual_seed(0)
         attn = Attention(
@@ -63,14 +61,12 @@ class TestProcessor:
             model._load_ip_adapter_weights(ip_adapter(model))
         assert model.attn_processors == before
 
-    @torch.no_grad()
     def test_cells_are_no_larger_than_the_map(self):
         attn, x = self.layer(), torch.randn(2, 6, 8)
         exact = attn(x)
         attn.set_processor(fastsd.GRIAttnProcessor(window=4, pool=4, grid=(2, 3)))
         assert_as_stock(attn(x), exact)
 
-    @torch.no_grad()
     def test_a_scale_of_its_own(self):
         torch.manual_seed(0)
         attn = Attention(query_dim=8, heads=2, dim_head=4, scale_qk=False, processor=AttnProcessor()).eval()
@@ -93,6 +89,7 @@ class TestProcessor:
         with pytest.raises(ValueError, match=says):
             fastsd.GRIAttnProcessor(**{"window": 4, "pool": 2} | given)
 
+    @pytest.mark.gradients
     def test_transforms_differentiate_it(self):
         """torch.func and forward mode, which the op refuses, run the definition."""
         attn, x, tangent = self.layer().double(), *torch.randn(2, 2, 16, 8, dtype=torch.float64)

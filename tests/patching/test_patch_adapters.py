@@ -82,7 +82,6 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@torch.no_grad()
 def test_row_1_lora(history):
     """Patched at every point of the history, a model goes on as the stock one does."""
     steps = HISTORIES[history]
@@ -108,7 +107,6 @@ def test_row_1_lora(history):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_row_1_norms_trained_by_peft(when):
     """PEFT wraps the norms that it trains: a copy inside the wrapper is what counts."""
 
@@ -132,7 +130,6 @@ def test_row_1_norms_trained_by_peft(when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_row_8_freeu(when):
     stock, model = build(), build()
     options = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
@@ -149,7 +146,6 @@ def test_row_8_freeu(when):
     assert_as_stock(call(model), call(stock))
 
 
-@torch.no_grad()
 def test_row_8_controlnet():
     net = build("controlnet")
     down = net.config.block_out_channels
@@ -164,7 +160,6 @@ def test_row_8_controlnet():
     assert_as_stock(call(fastsd.patch(build()), **residuals), stock)
 
 
-@torch.no_grad()
 def test_row_8_t2i_adapter():
     adapter = diffusers.T2IAdapter(channels=(4, 8), num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter")
     adapter.eval().requires_grad_(False)
@@ -180,7 +175,6 @@ def test_row_8_t2i_adapter():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_row_8_ip_adapter(when):
     torch.manual_seed(7)
     tokens, clip, context = 4, 6, 8
@@ -217,7 +211,6 @@ def test_row_8_ip_adapter(when):
     assert_as_stock(call(model), call(stock))
 
 
-@torch.no_grad()
 def test_row_8_gligen():
     boxes = {"boxes": torch.rand(2, 3, 4), "positive_embeddings": torch.randn(2, 3, 8), "masks": torch.ones(2, 3)}
 
@@ -227,13 +220,11 @@ def test_row_8_gligen():
     assert_as_stock(run(fastsd.patch(build("gligen"))), run(build("gligen")))
 
 
-@torch.no_grad()
 def test_row_8_attention_masks():
     inputs = {"encoder_attention_mask": torch.tensor([[1] * 7, [1] * 3 + [0] * 4])}
     assert_as_stock(call(fastsd.patch(build()), **inputs), call(build(), **inputs))
 
 
-@torch.no_grad()
 def test_row_11_attention_processors():
     stock, model = build(), fastsd.patch(build())
     for change in (
@@ -269,7 +260,6 @@ class _QuantisedWeight(nn.Parameter):
     pass
 
 
-@torch.no_grad()
 def test_row_12_quantised_convolutions():
     """They are called, so the rest of their block is still fast."""
     stock, model = build(), build()
@@ -283,7 +273,6 @@ def test_row_12_quantised_convolutions():
     assert isinstance(blocks(model)[0].conv1, _QuantisedConv2d)
 
 
-@torch.no_grad()
 def test_row_12_quantised_norm():
     model = build()
     norm = model.mid_block.resnets[0].norm2
@@ -297,7 +286,6 @@ def test_row_12_quantised_norm():
     assert op_calls(lambda: call(fastsd.patch(model, strict=True))) == 16
 
 
-@torch.no_grad()
 def test_flat_output_is_not_constant():
     """What the tests above compare depends on the input."""
     model = build()

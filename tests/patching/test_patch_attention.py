@@ -58,7 +58,6 @@ def layer(*, is_packed=False, **changes):
         pytest.param({"processor": AttnProcessor(), "qk_norm": "layer_norm"}, (X,), id="qk_norm_of_another"),
     ],
 )
-@torch.no_grad()
 def test_as_stock(changes, given, is_faster, monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
     model = layer(**changes)
@@ -81,7 +80,6 @@ def test_as_stock(changes, given, is_faster, monkeypatch):
         lambda attn: attn.register_forward_hook(lambda module, args, y: 2 * y),
     ],
 )
-@torch.no_grad()
 def test_what_is_put_on_it_runs(change):
     stock, model = layer(), fastsd.patch(layer())
     change(stock[0])
@@ -99,7 +97,6 @@ def test_what_is_put_on_it_runs(change):
     ],
     ids=["hook", "weight", "old_weight", "processor"],
 )
-@torch.no_grad()
 def test_changes_of_packed_projections(change):
     stock, model = layer(is_packed=True), fastsd.patch(layer(is_packed=True))
     for each in (stock, model):
@@ -111,7 +108,6 @@ def test_changes_of_packed_projections(change):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("of", ["class", "instance"])
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_a_step_of_the_older_processor_that_is_overwritten(when, of, monkeypatch):
     outputs, scores = [], Attention.get_attention_scores
     for prepare in (lambda model: model, fastsd.patch):
@@ -127,7 +123,6 @@ def test_a_step_of_the_older_processor_that_is_overwritten(when, of, monkeypatch
     assert torch.equal(*outputs)
 
 
-@torch.no_grad()
 def test_text_that_the_op_does_not_take():
     stock, model = layer(cross_attention_dim=10), fastsd.patch(layer(cross_attention_dim=10))
     for text in (TEXT[:, :0], TEXT[:1].expand(4, -1, -1)):
@@ -140,7 +135,6 @@ def test_text_that_the_op_does_not_take():
         assert str(results[0]) == str(results[1])
 
 
-@torch.no_grad()
 def test_masks_and_other_arguments_are_stock():
     model = layer()
     mask = torch.zeros(2, 1, 30)
@@ -151,6 +145,7 @@ def test_masks_and_other_arguments_are_stock():
     assert torch.equal(model[0](X, attention_mask=mask), expected)
 
 
+@pytest.mark.gradients
 def test_gradients_are_stock():
     model = fastsd.patch(layer().requires_grad_())
     assert op_calls(lambda: model[0](X).sum().backward()) == 0
@@ -161,7 +156,6 @@ def test_gradients_are_stock():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@torch.no_grad()
 def test_other_dtypes_are_stock(dtype):
     model = fastsd.patch(layer()).to(dtype)
     assert torch.equal(model[0](X.to(dtype)), layer().to(dtype)[0](X.to(dtype)))
@@ -188,7 +182,6 @@ def test_another_processor_is_refused():
         fastsd.patch(model, strict=True)
 
 
-@torch.no_grad()
 def test_class_level_patches_run(monkeypatch):
     model = fastsd.patch(layer())
     original = AttnProcessor2_0.__call__
@@ -207,7 +200,6 @@ def test_class_level_patches_run(monkeypatch):
         ("vae", 2, True),
     ],
 )
-@torch.no_grad()
 def test_every_attention_of_a_model(name, calls, is_packed):
     model = build(name)
     if is_packed:

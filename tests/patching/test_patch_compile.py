@@ -37,7 +37,6 @@ class Graphs:
 
 
 @pytest.mark.parametrize("name", ["unet", "no_attention", "no_attention_scale_shift"])
-@torch.no_grad()
 def test_row_10_fullgraph(name):
     model = build(name)
     stock = call(model)
@@ -48,7 +47,6 @@ def test_row_10_fullgraph(name):
     assert graphs.op_calls() == [norm_count(name)]
 
 
-@torch.no_grad()
 def test_row_10_dynamic():
     model = build("no_attention")
     sizes = [(2, 16), (3, 8), (4, 24)]
@@ -61,6 +59,7 @@ def test_row_10_dynamic():
     assert graphs.op_calls() == [10]
 
 
+@pytest.mark.gradients
 def test_row_10_compiled_training():
     model, stock = fastsd.patch(build("no_attention")), build("no_attention")
     graphs = Graphs()
@@ -72,7 +71,6 @@ def test_row_10_compiled_training():
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@torch.no_grad()
 def test_row_10_patch_and_unpatch_a_compiled_model():
     """What was compiled before is not used for what the model is now."""
     model = build("no_attention")
@@ -85,7 +83,6 @@ def test_row_10_patch_and_unpatch_a_compiled_model():
     assert graphs.op_calls()[:2] == [0, 10]
 
 
-@torch.no_grad()
 def test_row_10_repeated_blocks():
     model = build("no_attention")
     stock = call(model)
@@ -99,7 +96,6 @@ def test_row_10_repeated_blocks():
 
 
 @pytest.mark.parametrize(("name", "strict"), [("unet", False), ("no_attention", True)])
-@torch.no_grad()
 def test_row_10_export(name, strict):
     model = build(name)
     inputs = example_inputs(model, 2, 16, tokens=7)
@@ -112,7 +108,6 @@ def test_row_10_export(name, strict):
     assert sum(str(kind).endswith("ResnetBlock2D") for _, kind in known) == block_count(name)
 
 
-@torch.no_grad()
 def test_row_10_hook_put_on_a_compiled_block():
     """A block that is compiled after a hook was put on its norm runs the hook."""
     model, stock = fastsd.patch(build("no_attention")), build("no_attention")
@@ -122,7 +117,6 @@ def test_row_10_hook_put_on_a_compiled_block():
     assert_as_stock(call(model), call(stock))
 
 
-@torch.no_grad()
 def test_row_10_one_compiled_block():
     """The wrapper of a compiled module shows the attributes of the module inside, and is none of ours."""
     model = build("no_attention")
@@ -156,7 +150,6 @@ class _Positional(nn.Module):
 @pytest.mark.parametrize("name", ["unet", "linear_projections", "controlnet", "vae"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-@torch.no_grad()
 def test_row_10_traced(name):
     """With ops of fastsd inside, for sizes and texts that it was not traced with."""
     stock, model = _Positional(build(name)), _Positional(fastsd.patch(build(name)))
@@ -169,7 +162,6 @@ def test_row_10_traced(name):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-@torch.no_grad()
 def test_row_10_a_trace_of_gri_attention_is_of_one_map():
     """Maps of as many tokens would else be cut into each other's windows."""
     model = _Positional(fastsd.patch(build(), gri=fastsd.GRI(window=8, pool=4)))

@@ -72,7 +72,6 @@ class TestUpBlocks:
         model.disable_freeu()
         assert calls(lambda: call(model)).joined_maps == before
 
-    @torch.no_grad()
     def test_a_hook_on_a_residual_block_sees_all_channels(self):
         model, seen = fastsd.patch(build()), []
         resnet = model.up_blocks[0].resnets[0]
@@ -80,7 +79,6 @@ class TestUpBlocks:
         assert_as_stock(call(model), call(build()))
         assert seen == [resnet.in_channels]
 
-    @torch.no_grad()
     @pytest.mark.parametrize("leaf", ["norm1", "conv1", "conv2", "conv_shortcut", "dropout"])
     def test_a_hook_on_a_leaf_runs(self, leaf):
         outputs = []
@@ -90,14 +88,12 @@ class TestUpBlocks:
             outputs.append(call(model))
         assert_as_stock(outputs[1], outputs[0])
 
-    @torch.no_grad()
     def test_only_some_of_the_blocks(self):
         """Each rule works without the others."""
         stock = call(build())
         for rules in (["up_block", "cross_attention_up_block"], ["resnet_block"], ["transformer"]):
             assert_as_stock(call(fastsd.patch(build(), rules=rules, strict=True)), stock)
 
-    @torch.no_grad()
     def test_a_raised_scale_is_said_as_stock(self, caplog):
         given = {"cross_attention_kwargs": {"scale": 0.5}}
         assert_as_stock(call(fastsd.patch(build()), **given), call(build(), **given))
@@ -107,7 +103,6 @@ class TestTransformer:
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
     @pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
     @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
-    @torch.no_grad()
     def test_as_stock(self, linear, masked, memory_format):
         model = transformer(use_linear_projection=linear)
         mask = {"encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])} if masked else {}
@@ -126,7 +121,6 @@ class TestTransformer:
 
     @pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
     @pytest.mark.parametrize("leaf", ["norm", "proj_in", "proj_out"])
-    @torch.no_grad()
     def test_a_hook_on_a_leaf_runs(self, leaf, linear):
         outputs = []
         for prepare in (lambda model: model, fastsd.patch):
@@ -135,6 +129,7 @@ class TestTransformer:
             outputs.append(run(model))
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.gradients
     def test_gradients(self):
         gradients = []
         for prepare in (lambda model: model, fastsd.patch):
@@ -151,7 +146,6 @@ class TestTransformer:
 
 class TestAutoencoder:
     @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-    @torch.no_grad()
     def test_layout_is_that_of_stock(self, memory_format):
         model = build("vae").to(memory_format=memory_format)
         latent = torch.randn(1, 4, 6, 5).contiguous(memory_format=memory_format)
@@ -160,7 +154,6 @@ class TestAutoencoder:
         assert fast.stride() == stock.stride()
         assert_as_stock(fast.double(), stock.double())
 
-    @torch.no_grad()
     def test_maps_are_converted_once(self):
         model, layouts = fastsd.patch(build("vae")), []
         for block in model.decoder.up_blocks:
@@ -171,7 +164,6 @@ class TestAutoencoder:
         assert layouts == [True, True]
 
     @pytest.mark.parametrize("leaf", ["conv_in", "conv_norm_out", "conv_act", "conv_out"])
-    @torch.no_grad()
     def test_a_hook_on_a_leaf_runs(self, leaf):
         outputs = []
         for model in (build("vae"), fastsd.patch(build("vae"))):
@@ -180,7 +172,6 @@ class TestAutoencoder:
             outputs.append(call(model))
         assert_as_stock(outputs[1], outputs[0])
 
-    @torch.no_grad()
     def test_tiles_and_slices(self):
         outputs = []
         for model in (build("vae"), fastsd.patch(build("vae"), strict=True)):
@@ -190,6 +181,7 @@ class TestAutoencoder:
             outputs.append(model.decode(torch.randn(2, 4, 12, 9, generator=torch.Generator().manual_seed(0))).sample)
         assert_as_stock(outputs[1].double(), outputs[0].double())
 
+    @pytest.mark.gradients
     def test_gradient_checkpointing(self):
         gradients = []
         for prepare in (lambda model: model, fastsd.patch):
@@ -201,6 +193,7 @@ class TestAutoencoder:
             gradients.append([parameter.grad for parameter in model.parameters()])
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.gradients
     def test_checkpointing_of_a_partly_trained_model(self):
         counts = []
         for prepare in (lambda model: model, fastsd.patch):
@@ -229,7 +222,6 @@ class TestAutoencoder:
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_class_level_patches_run(monkeypatch, cls, method, name, when):
     model, seen, stock = build(name), [], getattr(cls, method)
     if when == "after":
@@ -241,7 +233,6 @@ def test_class_level_patches_run(monkeypatch, cls, method, name, when):
     assert seen
 
 
-@torch.no_grad()
 def test_deep_u_net_with_several_up_blocks_of_either_kind():
     config = TINY | {
         "block_out_channels": (4, 8, 8),

@@ -60,7 +60,6 @@ def algorithm(request, monkeypatch):
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling", "output_scale", "vae", "controlnet"])
-@torch.no_grad()
 def test_every_algorithm(algorithm, name, memory_format):
     model = build(name).to(memory_format=memory_format)
     stock = [call(model, 2, latent) for latent in (16, 20)]
@@ -87,7 +86,6 @@ def test_every_algorithm(algorithm, name, memory_format):
     ],
     ids=str,
 )
-@torch.no_grad()
 def test_module(algorithm, kind, options, arguments, memory_format):
     model = holder(kind, **options).to(memory_format=memory_format)
     given = (*inputs(model[0]), *arguments)
@@ -152,6 +150,7 @@ def test_everything_else_goes_through_the_module():
             assert_as_stock(model[0](*given), stock)
 
 
+@pytest.mark.gradients
 def test_gradients_and_autocast_go_through_the_module():
     model = fastsd.patch(holder())
     given = inputs(model[0])
@@ -207,7 +206,6 @@ CHANGES = {
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("change", CHANGES)
-@torch.no_grad()
 def test_row_3_weights_change(algorithm, change, memory_format):
     """Weights are read at every call, however they came to be what they are."""
     model = fastsd.patch(holder().to(memory_format=memory_format))
@@ -221,7 +219,6 @@ def test_row_3_weights_change(algorithm, change, memory_format):
     assert (relative_error(fast, before) > 0.01) == (not change.startswith("to_"))
 
 
-@torch.no_grad()
 def test_row_1_fused_adapter(algorithm):
     model = build()
     fastsd.patch(model)
@@ -235,7 +232,6 @@ def test_row_1_fused_adapter(algorithm):
     assert relative_error(fast, before) > 1e-3
 
 
-@torch.no_grad()
 def test_modules_that_share_a_weight(algorithm):
     """One weight, maps of two sizes, and two strides."""
     large, small = holder(Upsample2D, use_conv=True)[0], holder(Downsample2D, use_conv=True)[0]
@@ -249,7 +245,6 @@ def test_modules_that_share_a_weight(algorithm):
             assert_as_stock(module(x), expected)
 
 
-@torch.no_grad()
 def test_odd_latents_up_and_down():
     model = build("unet_2d_model")
     stock = call(model, 1, 18)

@@ -42,7 +42,6 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-@torch.no_grad()
 def test_row_6_copies_are_stock(how):
     model = build()
     stock = call(model)
@@ -56,7 +55,6 @@ def test_row_6_copies_are_stock(how):
     assert op_calls(lambda: call(copied)) == 16
 
 
-@torch.no_grad()
 def test_row_6_copy_of_one_block():
     """Also a shallow one, as ``copy.copy`` makes it: it shares the parameters."""
     model = fastsd.patch(build())
@@ -68,7 +66,6 @@ def test_row_6_copy_of_one_block():
     assert vars(block)["_fastsd"].stock is ResnetBlock2D
 
 
-@torch.no_grad()
 def test_row_6_copy_keeps_hooks():
     model = fastsd.patch(build())
     model.mid_block.resnets[0].register_forward_hook(_double)
@@ -80,7 +77,6 @@ def _double(module, args, output):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
 def test_row_6_save_pretrained(name, tmp_path):
     stock, model = build(name), fastsd.patch(build(name))
     stock.save_pretrained(tmp_path / "stock")
@@ -97,7 +93,6 @@ def test_row_6_save_pretrained(name, tmp_path):
     assert op_calls(lambda: call(loaded)) == norm_count(name)
 
 
-@torch.no_grad()
 def test_row_6_controlnet_from_unet():
     stock = diffusers.ControlNetModel.from_unet(build(), conditioning_embedding_out_channels=(4, 8)).eval()
     made = diffusers.ControlNetModel.from_unet(fastsd.patch(build()), conditioning_embedding_out_channels=(4, 8)).eval()
@@ -110,7 +105,6 @@ def test_row_6_controlnet_from_unet():
             assert torch.equal(value, stock_value)
 
 
-@torch.no_grad()
 def test_row_6_pipeline_save(tmp_path):
     def pipeline(unet, vae):
         return diffusers.StableDiffusionPipeline(

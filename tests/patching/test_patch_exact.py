@@ -26,7 +26,6 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
 def test_float32(name, memory_format):
     model = build(name).to(memory_format=memory_format)
     stock = call(model)
@@ -44,7 +43,6 @@ def test_float32(name, memory_format):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling", "unet_2d_model", "controlnet", "vae"])
-@torch.no_grad()
 def test_half_precision(name, memory_format, dtype):
     """The error against float32 is at most 1.5 times that of the stock model at this dtype."""
     model = build(name).to(dtype)
@@ -57,7 +55,6 @@ def test_half_precision(name, memory_format, dtype):
 
 
 @pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling"])
-@torch.no_grad()
 def test_autocast(name):
     model = build(name)
     exact = call(model)
@@ -71,7 +68,6 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
 def test_flops(name):
     model = build(name)
     # torch has no formula for its own attention of the CPU
@@ -83,7 +79,6 @@ def test_flops(name):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@torch.no_grad()
 def test_backend(backend):
     model = build()
     stock = call(model)
@@ -132,7 +127,6 @@ class TestBlock:
         ids=str,
     )
     @pytest.mark.parametrize("batch", [1, 3, 64])
-    @torch.no_grad()
     def test_options(self, changes, batch):
         holder = self.holder(**changes)
         temb = None if holder[0].time_emb_proj is None else torch.randn(batch, 6)
@@ -155,7 +149,6 @@ class TestBlock:
         ids=str,
     )
     @pytest.mark.parametrize("time_embedding_norm", ["default", "scale_shift"])
-    @torch.no_grad()
     def test_shapes(self, time_embedding_norm, x, temb):
         """Broadcasts as stock, and fails where stock fails."""
         temb = None if temb is None else torch.randn(temb)
@@ -166,7 +159,6 @@ class TestBlock:
             torch.testing.assert_close(fast, stock, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("time_embedding_norm", ["default", "other"])
-    @torch.no_grad()
     def test_raw_time_embedding(self, time_embedding_norm):
         """A block without a projection adds what it is given, or leaves it."""
         holder = self.holder(temb_channels=None, time_embedding_norm=time_embedding_norm)
@@ -174,7 +166,6 @@ class TestBlock:
             stock, fast = self.both(holder, torch.randn(2, 8, 6, 4), torch.randn(shape))
             assert_as_stock(fast, stock)
 
-    @torch.no_grad()
     def test_time_embedding_of_another_dtype(self):
         holder = self.holder()
         holder[0].time_emb_proj.double()
@@ -191,7 +182,6 @@ class TestBlock:
             with pytest.warns(FutureWarning, match="scale"):
                 assert op_calls(lambda args=args, kwargs=kwargs: holder[0](x, temb, *args, **kwargs)) == 0
 
-    @torch.no_grad()
     def test_nan_and_infinity(self):
         holder = self.holder()
         for value in (float("nan"), float("inf")):

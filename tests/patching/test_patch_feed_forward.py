@@ -25,7 +25,6 @@ def tokens(count=7, dtype=torch.float32):
 
 @pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu-approximate", "geglu-approximate", "swiglu"])
 @pytest.mark.parametrize("count", [1, 7, 300])
-@torch.no_grad()
 def test_as_stock(activation, count):
     model = layer(activation_fn=activation)
     stock = model[0](tokens(count))
@@ -35,13 +34,11 @@ def test_as_stock(activation, count):
     assert torch.equal(fastsd.unpatch(model)[0](tokens(count)), stock)
 
 
-@torch.no_grad()
 def test_both_projections_are_the_op():
     model = fastsd.patch(layer())
     assert calls_of("linear", lambda: model[0](tokens())) == 2
 
 
-@torch.no_grad()
 def test_without_a_faster_product_torch_multiplies(monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", False)
     model = layer()
@@ -82,7 +79,6 @@ def test_measuring_leaves_the_number_of_threads(monkeypatch):
     assert cpu_speed._ratio() > 0
 
 
-@torch.no_grad()
 def test_weights_that_are_sparse_are_torchs():
     results = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -94,7 +90,6 @@ def test_weights_that_are_sparse_are_torchs():
 
 @pytest.mark.parametrize("cls", [nn.Linear, GEGLU, FeedForward], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_class_level_patches_run(monkeypatch, cls, when):
     forward, model = cls.forward, layer()
     if when == "after":
@@ -106,7 +101,6 @@ def test_class_level_patches_run(monkeypatch, cls, when):
     torch.testing.assert_close(model[0](tokens()), stock, rtol=1e-5, atol=1e-6)
 
 
-@torch.no_grad()
 def test_strided_tokens():
     tokens = torch.randn(24, 7, 2).permute(2, 1, 0)
     stock = layer()[0](tokens)
@@ -116,7 +110,6 @@ def test_strided_tokens():
 
 
 @pytest.mark.parametrize("path", ["net.0", "net.0.proj", "net.1", "net.2"])
-@torch.no_grad()
 def test_a_hook_runs(path):
     outputs = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -127,6 +120,7 @@ def test_a_hook_runs(path):
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.5}, {"dropout": 0.5, "final_dropout": True}, {"bias": False}])
+@pytest.mark.gradients
 def test_options(changes):
     outputs = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -137,13 +131,13 @@ def test_options(changes):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gradients
 def test_gradients_are_stock():
     model = fastsd.patch(layer())
     assert calls_of("linear", lambda: model[0](tokens()).sum().backward()) == 0
     assert model[0].net[2].weight.grad is not None
 
 
-@torch.no_grad()
 def test_other_dtypes_are_left_to_torch():
     for dtype in (torch.float64, torch.bfloat16):
         model = layer().to(dtype)
@@ -151,7 +145,6 @@ def test_other_dtypes_are_left_to_torch():
         assert torch.equal(fastsd.patch(model)[0](tokens(dtype=dtype)), stock)
 
 
-@torch.no_grad()
 def test_weights_are_read_live():
     model = fastsd.patch(layer())
     model[0](tokens())
@@ -161,7 +154,6 @@ def test_weights_are_read_live():
     torch.testing.assert_close(model[0](tokens()), stock[0](tokens()), rtol=1e-5, atol=1e-6)
 
 
-@torch.no_grad()
 def test_in_a_model():
     stock = call(build())
     model = fastsd.patch(build(), strict=True)

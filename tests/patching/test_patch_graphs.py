@@ -17,7 +17,6 @@ from tests.patching.tape import build, events, graphed, state
 
 
 @pytest.mark.parametrize("name", ["unet", "unet_2d_model", "controlnet", "linear_projections", "gligen"])
-@torch.no_grad()
 def test_row_15_replay_is_as_eager(tape, name):
     model, eager = graphed(name), fastsd.patch(build(name))
     expected = call(eager)
@@ -38,7 +37,6 @@ class TestFirstCalls:
     def two(self, tape, monkeypatch):
         monkeypatch.setattr(graphs_module, "EAGER_CALLS", 2)
 
-    @torch.no_grad()
     def test_row_15_third_is_recorded(self, tape):
         model, expected = graphed(), call(fastsd.patch(build()))
         for number, then in ((1, []), (2, []), (3, ["capture", "replay"]), (4, ["capture", "replay", "replay"])):
@@ -47,14 +45,12 @@ class TestFirstCalls:
             early = f"in its last call it was call {number} with inputs of its shapes, and call 3 is recorded"
             assert state(model).reason == (early if number < 3 else None)
 
-    @torch.no_grad()
     def test_each_shape_has_its_own(self, tape):
         model = graphed()
         for batch in (1, 2, 1, 2, 1, 1, 2):
             call(model, batch=batch)
         assert events(tape) == ["capture", "replay", "replay", "capture", "replay"]
 
-    @torch.no_grad()
     def test_python_runs_as_often_as_without_graphs(self, tape):
         """What only the first call does, it does once; what every call does, it goes on doing."""
 
@@ -84,7 +80,6 @@ class TestFirstCalls:
         path = "mid_block.attentions.0.transformer_blocks.0.attn1.processor"
         assert f"call 1 with inputs of its shapes since {path} has changed" in state(model).reason
 
-    @torch.no_grad()
     def test_a_change_begins_anew(self, tape):
         model = graphed()
         for _ in range(3):
@@ -98,7 +93,6 @@ class TestFirstCalls:
             call(model)
         assert events(tape) == ["capture", "replay"] * 2
 
-    @torch.no_grad()
     def test_each_thread_has_its_own(self, tape):
         """What torch's libraries get ready at the first calls, they have for each thread."""
         model = graphed()
@@ -110,7 +104,6 @@ class TestFirstCalls:
         in_a_thread(lambda: torch.no_grad()(call)(model))
         assert events(tape) == ["capture", "replay", "replay"]
 
-    @torch.no_grad()
     def test_weights_that_autocast_has_cast(self, tape):
         """They are not read in their place, though the first calls have left them for the third."""
         model, eager = graphed(), fastsd.patch(build())
@@ -134,7 +127,6 @@ class TestFirstCalls:
         ],
         ids=["item", "mask", "copy", "index", "tensor"],
     )
-    @torch.no_grad()
     def test_what_no_graph_can_hold(self, tape, forward, reason, monkeypatch):
         """Is found before a capture fails at it."""
         is_copy = reason == "copies between cpu and"
@@ -158,6 +150,7 @@ class TestFirstCalls:
         ],
         ids=["bool", "where", "copy"],
     )
+    @pytest.mark.gradients
     def test_what_no_graph_can_hold_in_inference_mode(self, tape, forward, operation, monkeypatch):
         """There operations reach a mode before they are taken apart."""
         if "copies" in operation:
@@ -175,7 +168,6 @@ class TestFirstCalls:
 
     @pytest.mark.parametrize("timestep", [1, torch.tensor(1)], ids=["integer", "cpu"])
     @pytest.mark.parametrize("name", ["unet", "controlnet"])
-    @torch.no_grad()
     def test_timestep_elsewhere(self, tape, name, timestep, monkeypatch):
         """It is on the card before a forward that would copy it is watched."""
         self.use_meta(tape, monkeypatch)
@@ -185,7 +177,6 @@ class TestFirstCalls:
             model(**inputs)
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_integer_timesteps(self, tape):
         model, eager = graphed(), fastsd.patch(build())
         for timestep in (1, 2, 3, 4):
@@ -198,7 +189,6 @@ class TestFirstCalls:
         monkeypatch.setattr(tape, "device_type", "meta")
         monkeypatch.setattr(graphs_module, "settings_of_torch", lambda device_type: ())
 
-    @torch.no_grad()
     def test_watching_disturbs_nobody(self, tape):
         """Operations of higher order, and functions that are compiled inside."""
         compiled = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
@@ -213,7 +203,6 @@ class TestFirstCalls:
             assert torch.equal(model(torch.ones(2), 1), torch.full((2,), 4.0))
         assert "and call 3 is recorded" in state(model).reason
 
-    @torch.no_grad()
     def test_indices_of_a_table_of_masks(self, tape):
         table = torch.tensor([True, False])
         model = type("Net", (nn.Module,), {"forward": lambda self, x, timestep: table[x.long()]})()
@@ -223,7 +212,6 @@ class TestFirstCalls:
             assert torch.equal(model(torch.ones(2), 1), torch.tensor([False, False]))
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_boxes_of_gligen(self, tape, monkeypatch):
         """For which diffusers makes numbers on the CPU, in every call."""
         self.use_meta(tape, monkeypatch)
@@ -240,7 +228,6 @@ class TestFirstCalls:
         assert events(tape) == []
         assert "its forward copies between cpu and meta (aten::_to_copy)" in state(model).reason
 
-    @torch.no_grad()
     def test_calls_that_fail_do_not_count(self, tape):
         model = graphed()
         for _ in range(4):
@@ -251,7 +238,6 @@ class TestFirstCalls:
         assert events(tape) == ["capture", "replay"]
         assert state(model).reason is None
 
-    @torch.no_grad()
     def test_many_shapes(self, tape, monkeypatch):
         monkeypatch.setattr(graphs_module, "_SHAPES", 2)
         model = graphed()
@@ -263,7 +249,6 @@ class TestFirstCalls:
         assert events(tape) == ["capture", "replay"]
 
 
-@torch.no_grad()
 def test_outputs_are_the_callers_to_keep(tape):
     model = graphed()
     inputs = example_inputs(model, 2, 16, tokens=7) | {"return_dict": True}

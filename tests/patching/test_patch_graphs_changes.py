@@ -78,7 +78,6 @@ CHANGES = {
 
 class TestChanges:
     @pytest.mark.parametrize("change", CHANGES)
-    @torch.no_grad()
     def test_row_15_recorded_anew(self, tape, change):
         model, eager = graphed(), fastsd.patch(build())
         for each in (model, eager):
@@ -91,7 +90,6 @@ class TestChanges:
         assert (state(model).held, state(model).reason) == (1, None)
 
     @pytest.mark.parametrize("stale", ["leaf", "data", "freeu", "attribute"])
-    @torch.no_grad()
     def test_a_tape_would_not_notice(self, tape, stale, monkeypatch):
         """The tests above say something: without a look at the model they would fail."""
         model, eager = graphed(), fastsd.patch(build())
@@ -101,7 +99,6 @@ class TestChanges:
             CHANGES[stale](each)
         assert relative_error(call(model), call(eager)) > 1e-3
 
-    @torch.no_grad()
     def test_weights_written_in_place(self, tape):
         model, eager = graphed(), fastsd.patch(build())
         call(model)
@@ -111,7 +108,6 @@ class TestChanges:
         assert torch.equal(call(model), call(eager))
         assert events(tape) == ["capture", "replay", "replay"]
 
-    @torch.no_grad()
     def test_scale_of_a_lora(self, tape):
         model, eager = graphed(), fastsd.patch(build())
         for each in (model, eager):
@@ -122,7 +118,6 @@ class TestChanges:
             assert torch.equal(call(model), call(eager))
         assert events(tape) == ["capture", "replay", "capture", "replay", "replay"]
 
-    @torch.no_grad()
     def test_unloaded_lora(self, tape):
         model = graphed()
         before = call(model)
@@ -132,7 +127,6 @@ class TestChanges:
         assert_as_stock(call(model), before)
         assert state(model).reason is None
 
-    @torch.no_grad()
     def test_function_in_the_place_of_a_method(self, tape, monkeypatch):
         model = graphed()
         before = call(model)
@@ -140,7 +134,6 @@ class TestChanges:
         monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: 2 * forward(conv, x))
         assert not torch.equal(call(model), before)
 
-    @torch.no_grad()
     def test_old_graphs_are_let_go(self, tape):
         model = graphed()
         call(model, batch=1)
@@ -154,7 +147,6 @@ class TestChanges:
         assert len(tape.made) == 2
 
     @pytest.mark.parametrize("change", CHANGES)
-    @torch.no_grad()
     def test_after_something_equal(self, tape, change):
         """An equal object in the place of another is no change, and hides none."""
         model, eager = graphed(), fastsd.patch(build())
@@ -175,7 +167,6 @@ class TestChanges:
         assert relative_error(call(model), call(eager)) == 0
         assert events(tape) == ["capture", "replay"] * 2 + ["replay"] + ["capture", "replay"]
 
-    @torch.no_grad()
     def test_memory_is_free_before_a_model_moves(self, tape):
         model = graphed()
         call(model)
@@ -191,7 +182,6 @@ class TestChanges:
         fastsd.unpatch(model)
         assert "_apply" not in vars(model)
 
-    @torch.no_grad()
     def test_move_to_where_it_is(self, tape):
         model = graphed()
         for _ in range(3):
@@ -199,7 +189,6 @@ class TestChanges:
             model.to("cpu")
         assert events(tape) == ["capture", "replay", "replay", "replay"]
 
-    @torch.no_grad()
     def test_numbers_that_each_call_sets_anew(self, tape, monkeypatch):
         """Equal ones are no change, and do not take another look at the whole model; as scales of a LoRA are set."""
         model, eager = graphed(), fastsd.patch(build())
@@ -292,7 +281,6 @@ class TestHidden:
         monkeypatch.setattr(_Scaled, "factors", [1.0])
 
     @pytest.mark.parametrize("way", HIDDEN)
-    @torch.no_grad()
     def test_change(self, tape, way):
         make, change = HIDDEN[way]
         model, eager = graphed(), fastsd.patch(build())
@@ -305,7 +293,6 @@ class TestHidden:
         assert not torch.equal(call(model), before)
         assert events(tape, "capture") == ["capture"] * 2
 
-    @torch.no_grad()
     def test_change_inside_of_something_equal(self, tape):
         model, eager = graphed(), fastsd.patch(build())
         processors = [_processed(each, _Scaled(partial(_times, [1.0]))) for each in (model, eager)]
@@ -318,7 +305,6 @@ class TestHidden:
             processor.factor.args[0][0] = 2.0
         assert torch.equal(call(model), call(eager))
 
-    @torch.no_grad()
     def test_method_of_a_class(self, tape, monkeypatch):
         model, eager = graphed(), fastsd.patch(build())
         for each in (model, eager):
@@ -360,7 +346,6 @@ class TestUnknown:
         assert reason in state(model).reason
         assert events(tape) == []
 
-    @torch.no_grad()
     def test_processor(self, tape):
         model = graphed()
         _processed(model, _Scaled(1.0))
@@ -382,7 +367,6 @@ class TestUnknown:
         ],
         ids=["function", "method", "partial", "class", "decorated", "compiled", "slots", "array", "random", "iterator"],
     )
-    @torch.no_grad()
     def test_attribute(self, tape, value, reason):
         model = graphed()
         _processed(model, AttnProcessor()).own = value
@@ -393,7 +377,6 @@ class TestUnknown:
         [numpy.float32(1), object(), threading.Lock(), weakref.ref(_Factor), int | None, ..., OrderedDict(a=1)],
         ids=["number", "object", "lock", "weakref", "union", "ellipsis", "dictionary"],
     )
-    @torch.no_grad()
     def test_attribute_that_cannot_matter(self, tape, value):
         model = graphed()
         _processed(model, AttnProcessor()).own = value
@@ -413,7 +396,6 @@ class TestUnknown:
         ],
         ids=["function", "wrapped", "decorated", "static", "property", "object"],
     )
-    @torch.no_grad()
     def test_in_a_class_of_diffusers(self, tape, made, monkeypatch):
         model = graphed()
         _processed(model, AttnProcessor())
@@ -422,7 +404,6 @@ class TestUnknown:
         monkeypatch.setattr(AttnProcessor, name, value, raising=False)
         self.check(tape, model, f"the class AttnProcessor.{name} is code of test_patch_graphs_changes")
 
-    @torch.no_grad()
     def test_in_a_module_of_torch(self, tape, monkeypatch):
         model = graphed()
         call(model)
@@ -435,13 +416,11 @@ class TestUnknown:
         monkeypatch.undo()
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_object_that_breaks_a_look(self, tape):
         model = graphed()
         _processed(model, AttnProcessor()).own = _Broken()
         self.check(tape, model, "a look at the model failed")
 
-    @torch.no_grad()
     def test_it_lasts_as_long_as_its_reason(self, tape):
         model = graphed()
         processor = _processed(model, AttnProcessor())

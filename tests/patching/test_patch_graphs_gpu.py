@@ -19,7 +19,6 @@ CALLS = EAGER_CALLS + 2  # until one is a replay of an earlier call's graph
 @pytest.mark.gpu
 class TestOnACard:
     @pytest.mark.parametrize("name", ["unet", "controlnet"])
-    @torch.no_grad()
     def test_replay_is_as_eager(self, name):
         model, eager = graphed(name).cuda(), fastsd.patch(build(name)).cuda()
         for _ in range(CALLS):
@@ -28,7 +27,6 @@ class TestOnACard:
                 assert_as_stock(flat_output(model(**inputs)), flat_output(eager(**inputs)))
         assert (state(model).held, state(model).reason) == (2, None)
 
-    @torch.no_grad()
     def test_changes(self):
         model, eager = graphed().cuda(), fastsd.patch(build()).cuda()
         inputs = {key: _to_card(value) for key, value in example_inputs(model, 2, 16, tokens=7).items()}
@@ -46,7 +44,6 @@ class TestOnACard:
                 change(each)
             assert_as_stock(flat_output(model(**inputs)), flat_output(eager(**inputs)))
 
-    @torch.no_grad()
     def test_streams_and_memory(self):
         """Calls on several streams, and more shapes than graphs are kept."""
         model, eager = graphed(most=2).cuda(), fastsd.patch(build()).cuda()
@@ -65,7 +62,6 @@ class TestOnACard:
         assert state(model).reason is None
         assert 0 < state(model).held <= 2
 
-    @torch.no_grad()
     def test_failed_capture(self, monkeypatch):
         """The card stays usable: what cannot be recorded runs eagerly, also its random numbers."""
         monkeypatch.setattr(frozen, "_KNOWN", {*frozen._KNOWN, __name__.partition(".")[0]})

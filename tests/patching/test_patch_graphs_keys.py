@@ -12,7 +12,6 @@ from tests.patching.tape import build, events, graphed, state
 
 
 class TestKeys:
-    @torch.no_grad()
     def test_shapes_and_values(self, tape):
         model, eager = graphed(), fastsd.patch(build())
         for inputs in (
@@ -26,7 +25,6 @@ class TestKeys:
         assert state(model).held == 5
         assert events(tape) == ["capture", "replay"] * 5
 
-    @torch.no_grad()
     def test_strides_and_positions(self, tape):
         model = graphed()
         inputs = example_inputs(model, 2, 16, tokens=7)
@@ -36,7 +34,6 @@ class TestKeys:
         assert state(model).held == 3
 
     @pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
-    @torch.no_grad()
     def test_a_forward_sees_the_strides_that_it_was_given(self, tape, layout):
         """Every other way that it may take for other strides was not seen in the first calls."""
         seen = []
@@ -57,7 +54,6 @@ class TestKeys:
         assert events(tape) == ["capture", "replay", "replay"]
         assert seen == [text.stride()] * 3
 
-    @torch.no_grad()
     def test_nested_inputs(self, tape):
         """What a ControlNet gives, and an adapter, whose list the model empties."""
         model, eager = graphed("unet"), fastsd.patch(build("unet"))
@@ -75,7 +71,6 @@ class TestKeys:
         assert events(tape) == ["capture", "replay", "replay", "capture", "replay", "replay"]
 
     @pytest.mark.parametrize("name", ["unet", "unet_2d_model"])
-    @torch.no_grad()
     def test_timesteps(self, tape, name):
         """One graph for every timestep, as a number or on whichever device."""
         model, eager = graphed(name), fastsd.patch(build(name))
@@ -92,7 +87,6 @@ class TestKeys:
         call(model, timestep=3.5)
         assert state(model).reason == "in its last call the timestep was a float, expected a tensor or an integer"
 
-    @torch.no_grad()
     def test_timestep_of_another_forward(self, tape):
         """Of which nobody knows what it does with a number."""
 
@@ -109,7 +103,6 @@ class TestKeys:
             assert model(torch.ones(1), timestep).numel() == timestep
         assert state(model).held == 2
 
-    @torch.no_grad()
     def test_precisions_by_layer(self, tape):
         """After which torch's older settings raise where they are read."""
         model, conv = graphed(), torch.backends.cudnn.conv
@@ -122,7 +115,6 @@ class TestKeys:
             conv.fp32_precision = before
         assert state(model).held == 2
 
-    @torch.no_grad()
     def test_settings_of_torch(self, tape, monkeypatch):
         model, eager = graphed(), fastsd.patch(build())
         call(model)
@@ -148,7 +140,6 @@ class TestKeys:
         ],
         ids=["dtype", "device", "deterministic", "reduction"],
     )
-    @torch.no_grad()
     def test_switches_of_torch(self, tape, switch, on, off):
         model = graphed()
         inputs = example_inputs(model, 2, 16, tokens=7)
@@ -160,7 +151,6 @@ class TestKeys:
             switch(off)
         assert state(model).held == 2
 
-    @torch.no_grad()
     def test_one_too_many(self, tape):
         """All go together, with the memory that they share."""
         model, eager = graphed(most=2), fastsd.patch(build())

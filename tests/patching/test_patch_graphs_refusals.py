@@ -42,7 +42,6 @@ class TestRefusals:
         assert reason in state(model).reason
         assert f"off: {state(model).reason}" in str(fastsd.report(model))
 
-    @torch.no_grad()
     def test_cpu(self):
         model = graphed()
         expected = "the model is on cpu, and there are CUDA graphs only on a CUDA device"
@@ -50,6 +49,7 @@ class TestRefusals:
         assert_as_stock(call(model), call(build()))
         assert state(model).reason == expected
 
+    @pytest.mark.gradients
     def test_gradients(self, tape):
         model = graphed()
         self.check(tape, model, "gradients were wanted")
@@ -59,7 +59,6 @@ class TestRefusals:
         call(model)
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_forward_hook(self, tape):
         model = graphed()
         calls = []
@@ -71,32 +70,27 @@ class TestRefusals:
         call(model)
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_offloading_hook_on_a_module(self, tape):
         model = graphed()
         add_hook_to_module(model.mid_block, ModelHook())
         self.check(tape, model, "mid_block has an instance forward (an offloading or casting hook?)")
 
-    @torch.no_grad()
     def test_layerwise_casting(self, tape):
         model = graphed()
         model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
         call(model)
         assert "has an instance forward" in state(model).reason
 
-    @torch.no_grad()
     def test_compiled_block(self, tape):
         model = graphed()
         model.mid_block.compile(backend="eager")
         assert state(model).reason == "mid_block is compiled"
 
-    @torch.no_grad()
     def test_two_devices(self, tape):
         model = graphed()
         model.conv_out.to("meta")
         assert "the model is on cpu and meta" in state(model).reason
 
-    @torch.no_grad()
     def test_weight_of_another_kind(self, tape):
         class Quantised(nn.Parameter):
             pass
@@ -105,12 +99,10 @@ class TestRefusals:
         model.conv_out.weight = Quantised(model.conv_out.weight.data)
         assert state(model).reason.startswith("conv_out.weight is a ")
 
-    @torch.no_grad()
     def test_inputs(self, tape):
         model = graphed()
         self.check(tape, model, "an input was a Generator", cross_attention_kwargs={"unknown": torch.Generator()})
 
-    @torch.no_grad()
     def test_just_now(self, tape):
         model = graphed()
         expected = call(fastsd.patch(build()))
@@ -128,7 +120,6 @@ class TestRefusals:
             call(model)
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_change_while_somebody_captures(self, tape):
         """Nothing is freed then, which would wait for the card."""
         model = graphed()
@@ -140,7 +131,6 @@ class TestRefusals:
         call(model)
         assert events(tape, "finish") == ["finish"]
 
-    @torch.no_grad()
     def test_failed_capture_leaves_nothing_behind(self, tape, monkeypatch):
         class Failure(RuntimeError):
             pass
@@ -165,7 +155,6 @@ class TestRefusals:
         finally:
             gc.enable()
 
-    @torch.no_grad()
     def test_transforms(self, tape):
         model = graphed("no_attention")
         inputs = example_inputs(model, 2, 16, tokens=7)
@@ -177,7 +166,6 @@ class TestRefusals:
         assert events(tape) == []
         assert "torch.func" in state(model).reason
 
-    @torch.no_grad()
     def test_row_15_failed_capture(self, tape):
         model = graphed()
         expected = call(fastsd.patch(build()))
@@ -193,7 +181,6 @@ class TestRefusals:
         assert state(model).reason == "a capture failed (operation not permitted when stream is capturing)"
         assert state(model).held == 0
 
-    @torch.no_grad()
     def test_forward_that_changes_the_model(self, tape):
         class Counting(AttnProcessor):
             calls = 0
@@ -222,7 +209,6 @@ class TestRefusals:
         ],
         ids=["in_place", "in_the_model", "object"],
     )
-    @torch.no_grad()
     def test_forward_of_its_own_kind(self, tape, forward, reason):
         cls = type("Net", (nn.Module,), {"forward": forward})
         model = cls()

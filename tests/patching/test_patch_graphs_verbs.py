@@ -23,7 +23,6 @@ class _Doubled(ModelHook):
 
 
 class TestTrace:
-    @torch.no_grad()
     def test_row_15_unpatch(self, tape):
         model = build()
         before, stock = fingerprint(model), call(model)
@@ -41,7 +40,6 @@ class TestTrace:
         assert model.forward.__name__ == "forward"
 
     @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle_1", "pickle_5", "save_pretrained", "replica"])
-    @torch.no_grad()
     def test_row_15_copies_are_stock(self, tape, how, tmp_path):
         model = graphed()
         expected = call(build())
@@ -72,7 +70,6 @@ class TestTrace:
         anew = ["capture"] if how == "save_pretrained" else []
         assert events(tape) == ["capture", "replay", *anew, "replay"]
 
-    @torch.no_grad()
     def test_row_15_hook_around_the_forward(self, tape):
         """What offloads a whole model runs at every call; a copy and the unpatched model keep it."""
         model = graphed()
@@ -97,7 +94,6 @@ class TestTrace:
         fastsd.unpatch(model)
         assert "forward" not in vars(model)
 
-    @torch.no_grad()
     def test_patch_again_under_a_hook(self, tape):
         model = graphed()
         add_hook_to_module(model, ModelHook())
@@ -105,7 +101,6 @@ class TestTrace:
         call(model)
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_hook_while_graphs_were_away(self, tape):
         """It stays; graphs do not come back over it."""
         model = graphed()
@@ -116,14 +111,12 @@ class TestTrace:
         assert torch.equal(model(**inputs)[0], 2 * plain)
         assert state(model) is None
 
-    @torch.no_grad()
     def test_forward_that_passes_graphs_by(self, tape):
         model = graphed()
         model.forward = type(model).forward.__get__(model).__call__
         call(model)
         assert "something stands in the place of its forward" in state(model).reason
 
-    @torch.no_grad()
     def test_model_inside_of_another(self, tape):
         class Both(nn.Module):
             def __init__(self, net):
@@ -138,7 +131,6 @@ class TestTrace:
         assert state(both).reason == "net has CUDA graphs of its own"
         assert events(tape) == ["capture", "replay"]
 
-    @torch.no_grad()
     def test_hooks_of_torch_on_the_model(self, tape):
         model = graphed()
         calls = []
@@ -148,7 +140,6 @@ class TestTrace:
         assert len(calls) == 3
         assert events(tape) == ["capture", "replay", "replay", "replay"]
 
-    @torch.no_grad()
     def test_row_15_compile(self, tape):
         model = graphed()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -164,7 +155,6 @@ class TestTrace:
     @pytest.mark.parametrize(
         "strict", [pytest.param(True, marks=pytest.mark.long), False], ids=["strict", "non_strict"]
     )
-    @torch.no_grad()
     def test_row_15_export(self, tape, strict):
         model = graphed()
         inputs = example_inputs(model, 2, 16, tokens=7)
@@ -172,7 +162,6 @@ class TestTrace:
         assert_as_stock(flat_output(program.module()(**inputs)), call(build()))
         assert events(tape) == []
 
-    @torch.no_grad()
     def test_row_15_two_threads(self, tape):
         model, eager = graphed(), fastsd.patch(build())
         inputs = [example_inputs(model, 1, 8, tokens=7) for _ in range(2)]
@@ -194,7 +183,6 @@ class TestTrace:
         assert not failures
         assert events(tape, "capture") == ["capture"]
 
-    @torch.no_grad()
     def test_two_models(self, tape):
         one, other = graphed(seed=1), graphed(seed=2)
         first = call(one), call(other)
@@ -217,7 +205,6 @@ class TestPatch:
         assert all(fast(model))
         assert "forward" not in vars(model)
 
-    @torch.no_grad()
     def test_patched(self, tape):
         model = build()
         before = fingerprint(model)

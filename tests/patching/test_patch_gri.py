@@ -37,14 +37,12 @@ from tests.patching.models import (
 )
 
 
-@torch.no_grad()
 def test_off_unless_asked_for():
     model = fastsd.patch(build())
     assert approximate(model) == []
     assert gri_calls(lambda: call(model)) == 0
 
 
-@torch.no_grad()
 def test_flops():
     model = build()
     with sdpa_kernel(SDPBackend.MATH):  # torch has no formula for its own attention of the CPU
@@ -56,7 +54,6 @@ def test_flops():
         assert flops_without_hooks(lambda: call(model)) == stock - saved
 
 
-@torch.no_grad()
 def test_layers_of_a_level():
     model = fastsd.patch(build(), gri=SMALL)
     assert sorted(approximate(model)) == sorted(LEVEL_0)
@@ -105,7 +102,6 @@ def test_highest_level():
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 20), (13, 17), (8, 40), (1, 2)])
 @pytest.mark.parametrize("mask_own_window", [False, True])
 @pytest.mark.parametrize("interaction", ["joint", "agent"])
-@torch.no_grad()
 def test_as_with_processors(interaction, mask_own_window, height, width):
     given = {"interaction": interaction, "mask_own_window": mask_own_window}
     model = fastsd.patch(build(), gri=fastsd.GRI(4, 2, **given))
@@ -116,21 +112,18 @@ def test_as_with_processors(interaction, mask_own_window, height, width):
         assert relative_error(run(model, height, width), run(build(), height, width)) > 1e-4
 
 
-@torch.no_grad()
 def test_maps_of_several_sizes_one_after_the_other():
     model = fastsd.patch(build(), gri=SMALL)
     for height, width in ((12, 20), (20, 12), (16, 16), (12, 20)):
         assert_as_stock(run(model, height, width), run(with_processors(build(), grid=(height, width)), height, width))
 
 
-@torch.no_grad()
 def test_a_window_that_covers_the_map_is_exact():
     model = fastsd.patch(build(), gri=fastsd.GRI(window=16, pool=4, levels=(0, 1)))
     assert gri_calls(lambda: call(model)) == 4
     assert_as_stock(call(model), call(build()))
 
 
-@torch.no_grad()
 def test_taken_back():
     model = build()
     before, stock = fingerprint(model), call(model)
@@ -141,7 +134,6 @@ def test_taken_back():
     assert torch.equal(call(model), stock)
 
 
-@torch.no_grad()
 def test_inside_a_with_block():
     model = fastsd.patch(build())
     exact = call(model)
@@ -154,7 +146,6 @@ def test_inside_a_with_block():
     assert sorted(approximate(model)) == sorted(LEVEL_0)
 
 
-@torch.no_grad()
 def test_patching_again_keeps_the_choice():
     model = fastsd.patch(build(), gri=SMALL)
     before = fingerprint(model)
@@ -170,7 +161,6 @@ def test_patching_again_keeps_the_choice():
     assert relative_error(other, call(fastsd.patch(build(), gri=SMALL))) > 1e-4
 
 
-@torch.no_grad()
 def test_keys_and_copies_are_stock():
     model = build()
     keys = list(model.state_dict())
@@ -182,7 +172,6 @@ def test_keys_and_copies_are_stock():
         assert torch.equal(call(other), call(build()))
 
 
-@torch.no_grad()
 def test_with_rules_that_leave_the_transformer_out():
     model = fastsd.patch(build(), rules=["resnet_block"], gri=SMALL)
     assert_as_stock(run(model, 12, 20), run(with_processors(build(), grid=(12, 20)), 12, 20))
@@ -195,7 +184,6 @@ def left_as_it_is(path):
     return fastsd.Rule(name="own", target=stock, replacement=replacement, reject=lambda module: None)
 
 
-@torch.no_grad()
 def test_beside_rules_of_a_user(monkeypatch):
     for path in ("block", "transformer"):
         model = build()
@@ -217,7 +205,6 @@ def test_beside_rules_of_a_user(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_a_transformer_that_is_left_as_it_is(when):
     """Nothing guesses the size of its map: 8 by 32 is as many tokens as 16 by 16."""
     model, path = build(), LEVEL_0[0].partition(".transformer_blocks")[0]
@@ -233,7 +220,6 @@ def test_a_transformer_that_is_left_as_it_is(when):
     assert_as_stock(run(model, 8, 32), run(expected, 8, 32))
 
 
-@torch.no_grad()
 def test_video_models_of_other_transformers_are_refused():
     model = diffusers.UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64),
@@ -249,6 +235,7 @@ def test_video_models_of_other_transformers_are_refused():
         fastsd.patch(model, gri=SMALL)
 
 
+@pytest.mark.gradients
 def test_checkpoints_of_maps_of_several_sizes():
     """The backward pass computes the blocks again: with the size that they had, not the last one."""
     gradients = []
@@ -267,7 +254,6 @@ def seeded():
     return torch.Generator().manual_seed(3)
 
 
-@torch.no_grad()
 def test_threads_with_maps_of_several_sizes():
     model = fastsd.patch(build(), gri=SMALL)
     sizes = [(8, 32), (32, 8), (16, 16)]
@@ -282,7 +268,6 @@ def run_without_grad(model, size):
         return run(model, *size, batch=1)
 
 
-@torch.no_grad()
 def test_the_backend_is_the_one_that_was_asked_for(monkeypatch):
     used = []
     for backend in ("cpu", "reference"):
@@ -296,7 +281,6 @@ def test_the_backend_is_the_one_that_was_asked_for(monkeypatch):
     assert used == ["cpu"] * 3
 
 
-@torch.no_grad()
 def test_controlnet():
     model = fastsd.patch(build("controlnet"), gri=SMALL)
     assert approximate(model) == [LEVEL_0[0]]
@@ -304,7 +288,6 @@ def test_controlnet():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_lora_on_the_projections(when):
     expected, model = with_processors(build()), build()
     if when == "after":
@@ -322,7 +305,6 @@ def test_lora_on_the_projections(when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_ip_adapter(when):
     torch.manual_seed(7)
     model = build()
@@ -339,7 +321,6 @@ def test_ip_adapter(when):
     assert_as_stock(call(model, **inputs), call(expected, **inputs))
 
 
-@torch.no_grad()
 def test_another_processor_is_called():
     model = fastsd.patch(build(), gri=SMALL)
     exact = call(build())
@@ -351,7 +332,6 @@ def test_another_processor_is_called():
     assert approximate(model) == []
 
 
-@torch.no_grad()
 def test_packed_projections():
     model = fastsd.patch(build(), gri=SMALL)
     expected = call(model)
@@ -360,7 +340,6 @@ def test_packed_projections():
     assert_as_stock(call(model), expected)
 
 
-@torch.no_grad()
 def test_a_processor_whose_call_is_overwritten_is_called(monkeypatch):
     model = fastsd.patch(build(), gri=SMALL)
     right, calls = AttnProcessor2_0.__call__, []
@@ -370,7 +349,6 @@ def test_a_processor_whose_call_is_overwritten_is_called(monkeypatch):
     assert approximate(model) == []
 
 
-@torch.no_grad()
 def test_a_choice_made_while_another_processor_is_there():
     model = fastsd.patch(build(), gri=SMALL)
     model.set_attn_processor(SlicedAttnProcessor(1))
@@ -380,7 +358,6 @@ def test_a_choice_made_while_another_processor_is_there():
     assert_as_stock(call(model), call(fastsd.patch(build(), gri=fastsd.GRI(8, 4))))
 
 
-@torch.no_grad()
 def test_masks_and_hooks_are_kept():
     model, stock = fastsd.patch(build(), gri=SMALL), build()
     block, stock_block = (each.get_submodule(LEVEL_0[0]) for each in (model, stock))
@@ -396,7 +373,6 @@ def test_masks_and_hooks_are_kept():
     assert len(seen) == 1
 
 
-@torch.no_grad()
 def test_chunked_feed_forward():
     model, expected = fastsd.patch(build(), gri=SMALL), with_processors(build())
     for each in (model, expected):
@@ -408,7 +384,6 @@ def test_chunked_feed_forward():
     assert chunks == [64] * 4
 
 
-@torch.no_grad()
 def test_gligen():
     boxes = {"boxes": torch.rand(2, 3, 4), "positive_embeddings": torch.randn(2, 3, 8), "masks": torch.ones(2, 3)}
     results = []
@@ -417,6 +392,7 @@ def test_gligen():
     assert_as_stock(*results)
 
 
+@pytest.mark.gradients
 def test_gradients():
     model, expected = fastsd.patch(build(), gri=SMALL).train(), with_processors(build()).train()
     for each in (model, expected):
@@ -429,7 +405,6 @@ def test_gradients():
     assert relative_error(actual, torch.cat([p.grad.flatten() for p in exact.parameters()])) > 1e-3
 
 
-@torch.no_grad()
 def test_compiled():
     torch._dynamo.reset()
     model = fastsd.patch(build("cross_up"), gri=SMALL)
@@ -447,7 +422,6 @@ def test_compiled():
     torch._dynamo.reset()
 
 
-@torch.no_grad()
 def test_compiled_blocks():
     torch._dynamo.reset()
     model, other = fastsd.patch(build(), gri=SMALL), fastsd.patch(build(), gri=SMALL)
@@ -496,7 +470,6 @@ def test_levels_are_a_set():
     assert fastsd.GRI(levels=[1, 0]).levels == (0, 1)
 
 
-@torch.no_grad()
 def test_a_scale_of_its_own():
     torch.manual_seed(0)
     attn = Attention(query_dim=8, heads=2, dim_head=4, scale_qk=False, processor=AttnProcessor()).eval()
@@ -515,7 +488,6 @@ def test_a_scale_of_its_own():
     assert_as_stock(block(x, **given), exact)
 
 
-@torch.no_grad()
 def test_hooks_on_all_modules_see_its_projections(monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", True)
     seen = []
@@ -528,7 +500,6 @@ def test_hooks_on_all_modules_see_its_projections(monkeypatch):
     assert seen[0] == seen[1]
 
 
-@torch.no_grad()
 def test_projections_where_the_library_multiplies_faster(monkeypatch):
     model = fastsd.patch(build(), gri=SMALL)
     expected = call(model)

@@ -27,7 +27,6 @@ def agree(model, expected):
     assert gri_calls(lambda: call(model)) == len(expected)
 
 
-@torch.no_grad()
 def test_a_choice_made_inside_a_with_block_outlives_it():
     model = build()
     with fastsd.patched(model):
@@ -37,7 +36,6 @@ def test_a_choice_made_inside_a_with_block_outlives_it():
     assert_as_stock(call(model), call(fastsd.patch(build(), gri=SMALL)))
 
 
-@torch.no_grad()
 def test_what_is_unpatched_inside_a_with_block_stays_so():
     model = fastsd.patch(build(), gri=SMALL)
     with fastsd.patched(model, gri=fastsd.GRI(4, 2, levels=(1,))):
@@ -47,7 +45,6 @@ def test_what_is_unpatched_inside_a_with_block_stays_so():
 
 
 @pytest.mark.parametrize("cls", [BasicTransformerBlock, Transformer2DModel])
-@torch.no_grad()
 def test_a_method_that_is_overwritten_after_the_patch(monkeypatch, cls):
     model = fastsd.patch(build(), gri=SMALL)
     right = cls.forward
@@ -56,7 +53,6 @@ def test_a_method_that_is_overwritten_after_the_patch(monkeypatch, cls):
     assert_as_stock(call(model), call(build()))
 
 
-@torch.no_grad()
 def test_a_class_that_is_changed_after_the_patch():
     class Block(BasicTransformerBlock):
         def forward(self, *args, cross_attention_kwargs=None, **kwargs):
@@ -70,7 +66,6 @@ def test_a_class_that_is_changed_after_the_patch():
     assert not seen[0]  # nothing of ours that a forward that checks its arguments would refuse
 
 
-@torch.no_grad()
 def test_a_transformer_that_is_exchanged_after_the_patch():
     """A copy is stock, and tells the blocks that it is given nothing; another patch makes it fast."""
     model = fastsd.patch(build(), gri=SMALL)
@@ -81,7 +76,6 @@ def test_a_transformer_that_is_exchanged_after_the_patch():
     agree(fastsd.patch(model), ALL)
 
 
-@torch.no_grad()
 def test_a_block_that_is_compiled():
     torch._dynamo.reset()
     for compile_first in (True, False):
@@ -98,7 +92,6 @@ def test_a_block_that_is_compiled():
     torch._dynamo.reset()
 
 
-@torch.no_grad()
 def test_blocks_beside_a_stock_one_tell_it_nothing(caplog):
     """diffusers warns of arguments that a processor does not know."""
     torch.manual_seed(0)
@@ -111,7 +104,6 @@ def test_blocks_beside_a_stock_one_tell_it_nothing(caplog):
     assert "not expected" not in caplog.text
 
 
-@torch.no_grad()
 def test_a_block_of_another_class_is_named():
     class Block(BasicTransformerBlock):
         pass
@@ -127,7 +119,6 @@ def test_a_block_of_another_class_is_named():
         fastsd.patch(model, gri=SMALL)
 
 
-@torch.no_grad()
 def test_another_module_in_place_of_the_attention():
     class Nothing(nn.Module):
         def forward(self, x, **kwargs):
@@ -142,7 +133,6 @@ def test_another_module_in_place_of_the_attention():
     assert_as_stock(call(model), call(expected))
 
 
-@torch.no_grad()
 def test_quantised_projections():
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(build()), {nn.Linear})
     exact = call(quantised)
@@ -151,7 +141,6 @@ def test_quantised_projections():
     assert 1e-4 < relative_error(call(quantised), exact) < 0.5
 
 
-@torch.no_grad()
 def test_layerwise_casting():
     model = build()
     apply_layerwise_casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -160,7 +149,6 @@ def test_layerwise_casting():
     assert [entry.backends for entry in entries] == [{"gri_attention": "cpu"}] * 3
 
 
-@torch.no_grad()
 def test_looking_at_all_modules_changes_nothing():
     model = fastsd.patch(build(), gri=SMALL)
     expected = call(model)
@@ -172,6 +160,7 @@ def test_looking_at_all_modules_changes_nothing():
         handle.remove()
 
 
+@pytest.mark.gradients
 def test_transforms_change_nothing():
     model = fastsd.patch(build(), gri=SMALL).double()
     block = model.get_submodule(LEVEL_0[0])
@@ -185,6 +174,7 @@ def test_transforms_change_nothing():
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
 
 
+@pytest.mark.gradients
 def test_forward_mode_where_the_library_multiplies_faster(monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", True)
     block = fastsd.patch(build(), gri=SMALL).requires_grad_(False).get_submodule(LEVEL_0[0])
@@ -198,7 +188,6 @@ def test_forward_mode_where_the_library_multiplies_faster(monkeypatch):
     torch.testing.assert_close(slope, gradient.sum(), rtol=1e-3, atol=1e-3)
 
 
-@torch.no_grad()
 def test_rules_of_a_user_inside_the_blocks():
     from diffusers.models.attention_processor import Attention
 
@@ -212,7 +201,6 @@ def test_rules_of_a_user_inside_the_blocks():
     assert {f"{path}.attn2" for path in LEVEL_0} <= set(replaced)
 
 
-@torch.no_grad()
 def test_fast_feed_forwards_are_found_inside_the_blocks():
     model = fastsd.patch(build(), gri=SMALL)
     rules = {entry.path: entry.rule for entry in fastsd.report(model).entries}
@@ -220,7 +208,6 @@ def test_fast_feed_forwards_are_found_inside_the_blocks():
 
 
 @pytest.mark.parametrize("name", ["encoder_attention_mask", "scale", "ip_adapter_masks"])
-@torch.no_grad()
 def test_arguments_reach_the_cross_attention(name):
     """What the block does not read itself gets where stock hands it."""
     seen = {}
@@ -245,7 +232,6 @@ def test_arguments_reach_the_cross_attention(name):
     assert seen[name] == 0.5 if name == "ip_adapter_masks" else calls == 0
 
 
-@torch.no_grad()
 def test_refusals_of_a_block(recwarn):
     from fastsd.nn.gri_attention import why_stock
 
@@ -258,7 +244,6 @@ def test_refusals_of_a_block(recwarn):
     assert "no self-attention" in why_stock(block(only_cross_attention=True, cross_attention_dim=8))
 
 
-@torch.no_grad()
 def test_output_dropout_in_training():
     model = fastsd.patch(build(), gri=SMALL)
     block = model.get_submodule(LEVEL_0[0])
@@ -270,7 +255,6 @@ def test_output_dropout_in_training():
     assert relative_error(block(x, None, context, **told(16, 16)), plain) > 1e-3
 
 
-@torch.no_grad()
 def test_orientation_is_nothing_to_compile_for():
     """Blocks share their graphs; one more for each order of a map's sides, and they would reach Dynamo's limit of 8."""
     torch._dynamo.reset()

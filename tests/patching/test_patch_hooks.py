@@ -63,7 +63,6 @@ PUT_ON = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", PUT_ON)
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_row_5_put_on_a_leaf(name, when):
     put_on, leaf, fast_calls = PUT_ON[name]
     stock, model = build(), build()
@@ -83,7 +82,6 @@ def test_row_5_put_on_a_leaf(name, when):
     assert torch.equal(call(model), call(stock))
 
 
-@torch.no_grad()
 def test_row_5_removed_hook():
     """What a removed hook leaves behind does not slow the block down."""
     model = build()
@@ -101,7 +99,6 @@ def test_row_5_removed_hook():
     assert op_calls(lambda: call(model)) == 16
 
 
-@torch.no_grad()
 def test_row_5_hook_on_all_modules():
     model = fastsd.patch(build())
     seen = []
@@ -115,6 +112,7 @@ def test_row_5_hook_on_all_modules():
 
 
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.gradients
 def test_row_5_backward_hook(register):
     model = fastsd.patch(build())
     seen = []
@@ -123,7 +121,6 @@ def test_row_5_backward_hook(register):
     assert seen == [model.mid_block.resnets[0].norm1]
 
 
-@torch.no_grad()
 def test_row_5_block_with_an_instance_forward():
     """A block that something else has taken over is left to it."""
     model = build()
@@ -139,7 +136,6 @@ def test_row_5_block_with_an_instance_forward():
     assert_as_stock(call(model), expected)
 
 
-@torch.no_grad()
 def test_row_5_hook_that_outlives_the_patch():
     """accelerate keeps the bound forward that it found: the fast one, of a block that is stock again later."""
     model = build()
@@ -171,7 +167,6 @@ def _group_offload(offload_type, folder, model):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_row_5_sequential_offload(when):
     """Parameters are on the meta device but for the call of their own module."""
     model = build()
@@ -188,7 +183,6 @@ def test_row_5_sequential_offload(when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_row_5_model_offload(when):
     model = build()
     expected = call(model)
@@ -205,7 +199,6 @@ def test_row_5_model_offload(when):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_row_5_group_offload(offload_type, when, tmp_path):
     model = build()
     expected = call(model)
@@ -220,7 +213,6 @@ def test_row_5_group_offload(offload_type, when, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_row_5_layerwise_casting(when):
     """Float8 storage: convolutions are cast for each call, norms keep their dtype."""
     stock, model = build(), build()

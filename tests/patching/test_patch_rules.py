@@ -130,7 +130,6 @@ def test_restricting_rules(model):
         fastsd.patch(model, rules=["vae"])
 
 
-@torch.no_grad()
 def test_rule_that_takes_a_target_over():
     """A user's own block in the place of fastsd's, on a model that is patched already."""
 

@@ -67,7 +67,6 @@ def products(monkeypatch):
     return products
 
 
-@torch.no_grad()
 def test_computed_at_first_and_second_sight(products):
     model = fastsd.patch(layer())
     results, counts = zip(*(products(lambda: model[0](X, TEXT.clone())) for _ in range(4)), strict=True)
@@ -78,7 +77,6 @@ def test_computed_at_first_and_second_sight(products):
     assert torch.equal(model[0](X[:, :3], TEXT), fastsd.patch(layer())[0](X[:, :3], TEXT))
 
 
-@torch.no_grad()
 def test_a_first_sight_reads_no_weights(monkeypatch):
     model, read = fastsd.patch(layer()), []
     digest = fast_text.digest
@@ -114,7 +112,6 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("event", TEXTS)
-@torch.no_grad()
 def test_another_text(event, products):
     model, text = fastsd.patch(layer()), TEXT.clone()
     before = warm(model, text)
@@ -135,7 +132,6 @@ PARAMETERS = ("to_k.weight", "to_v.weight", "to_k.bias", "to_v.bias")
 
 @pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("name", PARAMETERS)
-@torch.no_grad()
 def test_one_element_of_a_parameter(name, at, products):
     """Which torch does not know of; edited back, it is the same again."""
     model = fastsd.patch(layer())
@@ -152,7 +148,6 @@ def test_one_element_of_a_parameter(name, at, products):
     assert torch.equal(model[0](X, TEXT), before)
 
 
-@torch.no_grad()
 def test_packed_projections(products):
     """Of another processor, other layers: what was kept of those is not theirs."""
     model = fastsd.patch(layer())
@@ -208,7 +203,6 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("event", WEIGHTS)
-@torch.no_grad()
 def test_other_weights(event, products):
     model = fastsd.patch(layer())
     before = warm(model, TEXT)
@@ -220,7 +214,6 @@ def test_other_weights(event, products):
     assert not torch.equal(after, before)
 
 
-@torch.no_grad()
 def test_functional_call(products):
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -255,7 +248,6 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("event", NOT_PLAIN)
-@torch.no_grad()
 def test_what_is_not_plain_is_called_every_time(event, products):
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -267,7 +259,6 @@ def test_what_is_not_plain_is_called_every_time(event, products):
             assert torch.equal(after, fresh(model, TEXT))
 
 
-@torch.no_grad()
 def test_a_text_with_gaps_is_not_kept(products):
     model, text = fastsd.patch(layer()), torch.stack([TEXT, OTHER], dim=-1)[..., 0]
     warm(model, text)
@@ -276,7 +267,6 @@ def test_a_text_with_gaps_is_not_kept(products):
     assert torch.equal(after, fresh(model, text))
 
 
-@torch.no_grad()
 def test_what_would_take_much_memory_is_not_kept(products):
     model, text = fastsd.patch(layer()), torch.randn(2, 2800, 10)
     for count in (COMPUTED, COMPUTED, COMPUTED):
@@ -284,7 +274,6 @@ def test_what_would_take_much_memory_is_not_kept(products):
     assert products(lambda: [model[0](X, text[:, :2000].contiguous()) for _ in range(3)])[1] == 2 * COMPUTED
 
 
-@torch.no_grad()
 def test_memory_that_has_been_freed():
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -293,7 +282,6 @@ def test_memory_that_has_been_freed():
         model[0](X, TEXT)
 
 
-@torch.no_grad()
 def test_a_norm_of_the_text(products):
     """It is computed at each call; what counts is what it gives."""
     model = fastsd.patch(layer(cross_attention_norm="layer_norm"))
@@ -316,7 +304,6 @@ class _FunctionMode(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("mode", [_DispatchMode, _FunctionMode])
-@torch.no_grad()
 def test_modes_see_every_product(mode, products):
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -327,7 +314,6 @@ def test_modes_see_every_product(mode, products):
     assert torch.equal(after, fresh(model, TEXT))
 
 
-@torch.no_grad()
 def test_fake_tensors(products):
     model = fastsd.patch(layer())
     before = warm(model, TEXT)
@@ -341,7 +327,6 @@ def test_fake_tensors(products):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-@torch.no_grad()
 def test_a_trace_holds_no_text():
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -349,7 +334,6 @@ def test_a_trace_holds_no_text():
     assert torch.equal(traced(X, OTHER), fresh(model, OTHER))
 
 
-@torch.no_grad()
 def test_compiled_and_exported():
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -362,7 +346,6 @@ def test_compiled_and_exported():
     assert torch.equal(compiled(X, TEXT), fresh(model, TEXT))
 
 
-@torch.no_grad()
 def test_autocast_and_other_dtypes():
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -371,7 +354,6 @@ def test_autocast_and_other_dtypes():
     assert torch.equal(model.double()[0](X.double(), TEXT.double()), layer().double()[0](X.double(), TEXT.double()))
 
 
-@torch.no_grad()
 def test_less_precision(products):
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -383,7 +365,6 @@ def test_less_precision(products):
         setting.fp32_precision = before
 
 
-@torch.no_grad()
 def test_another_backend(products, monkeypatch):
     model = fastsd.patch(layer())
     before = warm(model, TEXT)
@@ -399,6 +380,7 @@ def test_another_backend(products, monkeypatch):
     assert torch.equal(warm(model, TEXT), before)
 
 
+@pytest.mark.gradients
 def test_gradients_after_inference():
     model, stock = fastsd.patch(layer()), layer()
     warm(model, TEXT)
@@ -411,6 +393,7 @@ def test_gradients_after_inference():
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+@pytest.mark.gradients
 def test_inference_mode_and_outside(products):
     """What is made in either serves the other, also where a gradient is taken behind it."""
     model = fastsd.patch(layer()).requires_grad_()
@@ -430,7 +413,6 @@ def test_inference_mode_and_outside(products):
     assert scale.grad is not None
 
 
-@torch.no_grad()
 def test_nobody_writes_to_what_is_kept():
     model = fastsd.patch(layer(rescale_output_factor=1.5, residual_connection=True))
     warm(model, TEXT)
@@ -439,7 +421,6 @@ def test_nobody_writes_to_what_is_kept():
     assert all(map(torch.equal, settings_of(model[0]).kept["texts"][0].made, kept))
 
 
-@torch.no_grad()
 def test_copies_and_files_hold_nothing_of_it():
     model = fastsd.patch(layer())
     pickled, keys = pickle.dumps(model), list(model.state_dict())
@@ -450,7 +431,6 @@ def test_copies_and_files_hold_nothing_of_it():
         assert set(vars(copied)) == set(vars(layer()[0]))
 
 
-@torch.no_grad()
 def test_unpatch_forgets_it(products):
     model = fastsd.patch(layer())
     warm(model, TEXT)
@@ -463,7 +443,6 @@ def test_unpatch_forgets_it(products):
     assert products(lambda: model[0](X, TEXT))[1] == COMPUTED
 
 
-@torch.no_grad()
 def test_two_texts_are_kept_and_the_one_used_longest_ago_goes(products):
     model = fastsd.patch(layer())
     texts = [TEXT, OTHER, TEXT + OTHER]
@@ -499,7 +478,6 @@ def test_threads_with_texts_of_their_own(count):
 
 
 @pytest.mark.parametrize("edited", ["text", "weight"])
-@torch.no_grad()
 def test_an_edit_while_it_is_made(edited, monkeypatch):
     """As another thread may do it; the weight is then edited back."""
     model, text = fastsd.patch(layer()), TEXT.clone()
@@ -534,7 +512,6 @@ LORA = {
 }
 
 
-@torch.no_grad()
 def test_lora():
     """Fused and unloaded, it has edited plain layers, through ``.data``."""
     stock, model = build(), fastsd.patch(build())
@@ -552,7 +529,6 @@ def test_lora():
 
 
 @pytest.mark.parametrize("gri", [None, fastsd.GRI(window=4, pool=2, levels=(0, 1))], ids=["full", "gri"])
-@torch.no_grad()
 def test_steps_of_a_model(gri, products):
     model = fastsd.patch(build(), gri=gri)
     steps = [{"timestep": torch.tensor(t), "sample": torch.randn(2, 4, 16, 16)} for t in (900, 500, 100)]

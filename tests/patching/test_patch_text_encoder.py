@@ -77,7 +77,6 @@ def layers(model):
         pytest.param({"attention": "eager"}, {"output_attentions": True}, id="attentions"),
     ],
 )
-@torch.no_grad()
 def test_row_13_as_stock(changes, given, cls, is_faster, monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
     model = encoder(cls, **changes)
@@ -90,7 +89,6 @@ def test_row_13_as_stock(changes, given, cls, is_faster, monkeypatch):
 
 
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
-@torch.no_grad()
 def test_norms_and_activations_are_in_the_products(hidden_act):
     model = fastsd.patch(encoder(hidden_act=hidden_act))
     with OpCalls(*FUSED) as others:
@@ -98,7 +96,6 @@ def test_norms_and_activations_are_in_the_products(hidden_act):
     assert others.names == ["aten::native_layer_norm"]  # the last one, which is in no layer
 
 
-@torch.no_grad()
 def test_states_are_those_of_every_layer():
     """As pipelines with ``clip_skip`` read them; what records them stays on the model and may not slow it down."""
     stock, model = encoder(), fastsd.patch(encoder())
@@ -126,7 +123,6 @@ def test_states_are_those_of_every_layer():
         "mlp.fc2",
     ],
 )
-@torch.no_grad()
 def test_a_hook_runs(path, when):
     def put_on(model):
         def triple(module, args, output):
@@ -142,7 +138,6 @@ def test_a_hook_runs(path, when):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("target", ["q_proj", "out_proj", "fc1", "fc2"])
-@torch.no_grad()
 def test_lora(target):
     def adapted(model):
         torch.manual_seed(3)
@@ -157,7 +152,6 @@ def test_lora(target):
         assert_as_stock(call(model), call(encoder()))
 
 
-@torch.no_grad()
 def test_norm_before_what_is_called_in_part():
     """Once, and not for each of the projections that would have it in their products."""
     model = get_peft_model(fastsd.patch(encoder()), LoraConfig(r=2, target_modules=["q_proj"])).eval()
@@ -166,7 +160,6 @@ def test_norm_before_what_is_called_in_part():
     assert others.names.count("aten::native_layer_norm") == SIZES["num_hidden_layers"] + 1
 
 
-@torch.no_grad()
 def test_another_function_in_an_activation():
     model = encoder(hidden_act="gelu")
     for layer in layers(model):
@@ -176,7 +169,6 @@ def test_another_function_in_an_activation():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@torch.no_grad()
 def test_another_mlp(when):
     """Of which nothing is known: it is called, and what else there is is patched and reported."""
 
@@ -191,7 +183,6 @@ def test_another_mlp(when):
 
 
 @pytest.mark.parametrize(("target", "op_entries"), [("fc1", "layer"), ("q_proj", "attention")])
-@torch.no_grad()
 def test_report_of_what_runs_in_part(target, op_entries):
     model = get_peft_model(fastsd.patch(encoder()), LoraConfig(r=2, target_modules=[target])).eval()
     entries = [entry for entry in fastsd.report(model).entries if entry.rule == f"clip_{op_entries}"]
@@ -210,7 +201,6 @@ CLASSES = (
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_class_level_patches_run(monkeypatch, cls, when):
     forward, model = cls.forward, encoder()
 
@@ -227,7 +217,6 @@ def test_class_level_patches_run(monkeypatch, cls, when):
     assert_as_stock(call(model), stock)
 
 
-@torch.no_grad()
 def test_an_attention_function_of_a_users_own_is_called():
     seen = []
 
@@ -247,7 +236,6 @@ def test_an_attention_function_of_a_users_own_is_called():
     assert of_fast == of_stock
 
 
-@torch.no_grad()
 def test_attention_dropout_draws_as_stock():
     outputs = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -260,6 +248,7 @@ def test_attention_dropout_draws_as_stock():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
+@pytest.mark.gradients
 def test_gradients_are_stocks(checkpointing):
     results = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -273,21 +262,18 @@ def test_gradients_are_stocks(checkpointing):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@torch.no_grad()
 def test_other_dtypes_are_left_to_torch(dtype):
     model = encoder().to(dtype)
     stock = call(model)
     assert torch.equal(call(fastsd.patch(model)), stock)
 
 
-@torch.no_grad()
 def test_autocast_is_stocks():
     with torch.autocast("cpu", torch.bfloat16):
         stock = call(encoder())
         assert torch.equal(call(fastsd.patch(encoder())), stock)
 
 
-@torch.no_grad()
 def test_compiled():
     stock = call(encoder())
     model = fastsd.patch(encoder())
@@ -297,7 +283,6 @@ def test_compiled():
     assert_as_stock(call(model), stock)
 
 
-@torch.no_grad()
 def test_image_encoders_have_the_same_layers():
     def images():
         torch.manual_seed(0)
@@ -311,7 +296,6 @@ def test_image_encoders_have_the_same_layers():
     assert calls_of("linear", lambda: model(pixels)) == PROJECTIONS
 
 
-@torch.no_grad()
 def test_in_a_pipeline_and_in_copies(tmp_path):
     pipe = fastsd.patch(Pipeline(unet=build(), text_encoder=encoder()), strict=True)
     model, stock = pipe.components["text_encoder"], call(encoder())

@@ -53,7 +53,6 @@ def assert_equal(fast, stock):
         pytest.param({"final_dropout": True, "dropout": 0.5}, {}, id="dropout"),
     ],
 )
-@torch.no_grad()
 def test_as_stock(changes, given, is_faster, monkeypatch):
     monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
     model, given = layer(**changes), {"encoder_hidden_states": TEXT} | given
@@ -66,7 +65,6 @@ def test_as_stock(changes, given, is_faster, monkeypatch):
     assert torch.equal(fastsd.unpatch(model)[0](X, **given), stock)
 
 
-@torch.no_grad()
 def test_norms_and_sums_are_in_the_products():
     model = fastsd.patch(layer(), strict=True)
     with OpCalls(*FUSED) as others:
@@ -74,7 +72,6 @@ def test_norms_and_sums_are_in_the_products():
     assert others.names == []
 
 
-@torch.no_grad()
 def test_a_norm_is_computed_once_for_projections_that_are_called():
     model = fastsd.patch(layer())
     model[0].attn1.to_k = nn.Sequential(model[0].attn1.to_k)
@@ -85,7 +82,6 @@ def test_a_norm_is_computed_once_for_projections_that_are_called():
 
 
 @pytest.mark.parametrize("path", ["norm1", "attn1", "attn1.to_q", "attn1.to_out.0", "norm2", "attn2", "norm3", "ff"])
-@torch.no_grad()
 def test_a_hook_runs(path):
     outputs = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -98,7 +94,6 @@ def test_a_hook_runs(path):
 @pytest.mark.parametrize("cls", [nn.LayerNorm, BasicTransformerBlock], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.filterwarnings("ignore:fastsd.patch left")
-@torch.no_grad()
 def test_class_level_patches_run(monkeypatch, cls, when):
     forward, model = cls.forward, layer()
     if when == "after":
@@ -111,7 +106,6 @@ def test_class_level_patches_run(monkeypatch, cls, when):
 
 
 @pytest.mark.parametrize("path", ["attn1", "attn2", "ff"])
-@torch.no_grad()
 def test_what_is_compiled_by_itself_is_called(path):
     model, graphs = fastsd.patch(layer()), []
     model[0].get_submodule(path).compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -119,7 +113,6 @@ def test_what_is_compiled_by_itself_is_called(path):
     assert graphs
 
 
-@torch.no_grad()
 def test_chunks_of_the_feed_forward_layer():
     model = fastsd.patch(layer())
     model[0].set_chunk_feed_forward(5, 1)
@@ -127,6 +120,7 @@ def test_chunks_of_the_feed_forward_layer():
 
 
 @pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.gradients
 def test_gradients_are_stocks(chunks):
     results = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -140,7 +134,6 @@ def test_gradients_are_stocks(chunks):
         torch.testing.assert_close(fast, stock, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
 def test_other_kinds_are_left_alone():
     holder = nn.ModuleList([*layer(norm_type="ada_norm", num_embeds_ada_norm=4), *layer()])
     fastsd.patch(holder, strict=True)
@@ -151,7 +144,6 @@ def test_other_kinds_are_left_alone():
     assert_equal(holder[0](X, **given), stock[0](X, **given))
 
 
-@torch.no_grad()
 def test_transforms_change_nothing():
     model, stock = fastsd.patch(layer()), layer()
     fast, expected = (
@@ -161,7 +153,6 @@ def test_transforms_change_nothing():
 
 
 @pytest.mark.parametrize("name", ["unet", "controlnet", "linear_projections"])
-@torch.no_grad()
 def test_every_block_of_a_model(name):
     model = build(name)
     expected = call(model)
@@ -171,7 +162,6 @@ def test_every_block_of_a_model(name):
     assert "aten::native_layer_norm" not in others.names
 
 
-@torch.no_grad()
 def test_row_10_compiled():
     expected, model = call(build("cross_up")), fastsd.patch(build("cross_up"))
     model.compile(fullgraph=True, backend="aot_eager")

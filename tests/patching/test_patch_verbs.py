@@ -83,7 +83,6 @@ def test_row_14_unpatch_twice():
     assert_untouched(model, before)
 
 
-@torch.no_grad()
 def test_row_14_two_models():
     one, other = build(seed=1), build(seed=2)
     stock = call(one), call(other)
@@ -151,7 +150,6 @@ FULL = fastsd.GRI(window=16, pool=4, mask_own_window=True)
         pytest.param("linear_projections", None, id="linear_projections", marks=pytest.mark.long),
     ],
 )
-@torch.no_grad()
 def test_row_14_unpatched_while_it_runs(name, gri):
     """As another thread may do at any place of a forward."""
     model = build(name)
@@ -200,7 +198,6 @@ class _AtLine:
     [False, True],
     ids=lambda value: value if isinstance(value, str) else str(bool(value)),
 )
-@torch.no_grad()
 def test_row_14_another_patch_while_it_runs(name, gri, is_exchanged):
     """Between any two lines, where no operation of torch runs."""
     model = build(name)
@@ -221,7 +218,6 @@ def test_row_14_another_patch_while_it_runs(name, gri, is_exchanged):
     assert torch.equal(call(fastsd.unpatch(model)), expected)
 
 
-@torch.no_grad()
 def test_patched_restores():
     model = build()
     before = fingerprint(model)
@@ -263,7 +259,6 @@ def test_another_backend_updates():
     assert backends(fastsd.patch(model)) == {"cpu"}
 
 
-@torch.no_grad()
 def test_backend_is_used(monkeypatch):
     model = fastsd.patch(build(), backend="reference")
     monkeypatch.setattr(dispatch.Op, "choose", lambda op, *args, backend: pytest.fail(f"backend {backend}"))

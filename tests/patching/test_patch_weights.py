@@ -63,7 +63,6 @@ def _new_attributes(model):
     ],
     ids=["in_place", "load_state_dict", "load_state_dict_assign", "new_leaf", "new_parameter", "new_attributes"],
 )
-@torch.no_grad()
 def test_row_3_weights_change(change):
     stock, model = build(), fastsd.patch(build())
     assert_as_stock(call(model), call(stock))
@@ -77,7 +76,6 @@ def test_row_3_weights_change(change):
 
 @pytest.mark.parametrize("name", ["unet", "scale_shift", "vae"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@torch.no_grad()
 def test_row_4_cast_after_patch(dtype, name):
     model = fastsd.patch(build(name)).to(dtype)
     exact = call(build(name).to(dtype).double(), rounded_to=dtype)
@@ -86,14 +84,12 @@ def test_row_4_cast_after_patch(dtype, name):
     assert torch.equal(call(fastsd.unpatch(model)), stock)
 
 
-@torch.no_grad()
 def test_row_4_half_and_back():
     model = fastsd.patch(build())
     rounded = build().half().float()
     assert_as_stock(call(model.half().float()), call(rounded))
 
 
-@torch.no_grad()
 def test_row_4_device():
     """To the meta device, where nothing computes, and to memory again."""
     model = fastsd.patch(build())
@@ -127,6 +123,7 @@ def assert_same_gradients(actual, expected):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling", "dropout"])
+@pytest.mark.gradients
 def test_row_7_training(name, checkpointing):
     results = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -137,6 +134,7 @@ def test_row_7_training(name, checkpointing):
     assert_same_gradients(results[1], results[0])
 
 
+@pytest.mark.gradients
 def test_row_7_runs_the_op_in_training():
     model = fastsd.patch(build()).train()
     seen = set()
@@ -150,6 +148,7 @@ def test_row_7_runs_the_op_in_training():
     assert sum("fastsd_group_norm_silu" in node.name() for node in seen) == 16 + 4
 
 
+@pytest.mark.gradients
 def test_row_7_frozen_and_partly_trained():
     results = []
     for prepare in (lambda model: model, fastsd.patch):
@@ -161,6 +160,7 @@ def test_row_7_frozen_and_partly_trained():
     assert_same_gradients(results[1], results[0])
 
 
+@pytest.mark.gradients
 def test_row_7_ema_and_deepcopy_in_training():
     """An exponential moving average copies the model: the copy trains as stock."""
     model = fastsd.patch(build()).train()
@@ -168,6 +168,7 @@ def test_row_7_ema_and_deepcopy_in_training():
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "dual", "vmap"])
+@pytest.mark.gradients
 def test_row_7_function_transforms(transform):
     """The op has no rule for torch.func; the blocks run their stock forward under it."""
     x, v = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
@@ -193,7 +194,6 @@ def test_row_7_function_transforms(transform):
     assert_as_stock(run(fastsd.patch(model)).double(), stock.double())
 
 
-@torch.no_grad()
 def test_row_7_functional_call():
     """Plain tensors in the place of parameters are read like them."""
     model = build()
@@ -212,7 +212,6 @@ def test_row_7_functional_call():
 @pytest.mark.parametrize(
     "name", ["unet", "scale_shift", "nine_channels", "eight_channels", "no_mid_block", "controlnet"]
 )
-@torch.no_grad()
 def test_row_9_sizes_that_change(name):
     """Batch 1 to 8, odd latents, one model."""
     model = build(name)
@@ -223,7 +222,6 @@ def test_row_9_sizes_that_change(name):
         assert_as_stock(call(model, batch, latent), expected)
 
 
-@torch.no_grad()
 def test_row_9_not_square():
     model = build()
     inputs = {"sample": torch.randn(2, 4, 9, 22)}
@@ -231,7 +229,6 @@ def test_row_9_not_square():
     assert_as_stock(call(fastsd.patch(model), **inputs), stock)
 
 
-@torch.no_grad()
 def test_row_9_strided_inputs():
     model = build()
     samples = (
