@@ -1,6 +1,5 @@
 """What is particular to conv2d: algorithms of the CPU and their choice, plans, large tiles, exact results."""
 
-import inspect
 import itertools
 import math
 from pathlib import Path
@@ -10,13 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from fastsd_kernels import conv2d, cpu_runtime, cuda_runtime
-from fastsd_kernels.conv2d import ALGORITHMS, composed, cpu_costs, cuda_impl, measured, op, triton_impl
+from fastsd_kernels.conv2d import cuda_impl, op, triton_impl
 from fastsd_kernels.conv2d.cases import WINOGRAD_RELATIVE_L2
-from fastsd_kernels.conv2d.triton_tiles import TILES
-from fastsd_kernels.dispatch import BackendUnavailable
 from fastsd_kernels.testing import Sample, feature_map
 from fastsd_kernels.testing.inputs import random_tensor
 from tests.contract import covering
@@ -47,15 +43,6 @@ def relative_l2(actual: Tensor, exact: Tensor) -> float:
 
 def exactly(x: Tensor, weight: Tensor, **given: Any) -> Tensor:
     return conv2d(x.double(), weight.double(), **given, backend="reference")
-
-
-def arguments(**kwargs: Any) -> list[Any]:
-    """Those of the op, in the order of its schema, without backend."""
-    bound = inspect.signature(conv2d).bind(**kwargs)
-    bound.apply_defaults()
-    if isinstance(bound.arguments["padding"], int):
-        bound.arguments["padding"] = [bound.arguments["padding"]] * 4
-    return list(bound.arguments.values())[:-1]
 
 
 def test_second_gradients():
@@ -182,109 +169,6 @@ def test_what_is_not_finite_stays_in_its_tiles(value, algorithm):
     spread = torch.isfinite(y[0]).all(0).logical_not().nonzero()
     assert spread.min() >= (8 // tile) * tile
     assert spread.max() < (10 // tile + 1) * tile
-
-
-def call(channels: int, side: int, out_channels: int | None = None, kernel: int = 3, stride: int = 1, extra: int = 0):
-    return cpu_costs.Call(1, channels, out_channels or channels, side, side, kernel, stride, extra)
-
-
-@pytest.mark.parametrize(
-    ("of", "cheapest"),
-    [
-        (call(320, 64), "winograd4"),
-        (call(640, 32), "winograd4"),
-        (call(1280, 16), "winograd4"),
-        # transforming the weights pays even for a few tiles; torch's convolution reorders them, which takes longer
-        (call(320, 8), WINOGRAD),
-        (call(1280, 8), WINOGRAD),
-        # F(4x4)'s rounding errors are larger, and a convolution as small as this takes next to no time
-        (call(64, 16), "winograd2"),
-        # few channels
-        (call(4, 64, 320), "direct"),
-        (call(320, 64, 4), "direct"),
-        # with few positions, or with passes around torch's convolution that columns do not need
-        (call(1280, 8, stride=2), "product"),
-        (call(1280, 8, kernel=1), "product"),
-        (call(128, 256, kernel=1), "direct"),
-        (call(128, 256, kernel=1, extra=3 * 4 * 128 * 256**2), "product"),
-    ],
-    ids=str,
-)
-def test_cheapest_algorithm(of, cheapest):
-    assert cpu_costs.cheapest(of) in ([cheapest] if isinstance(cheapest, str) else cheapest)
-
-
-def test_cheapest_of_those_that_are_left():
-    assert cpu_costs.cost("winograd4", call(64, 16)) < cpu_costs.cost("winograd2", call(64, 16))
-    for channels in (320, 1280):
-        assert cpu_costs.cheapest(call(channels, 8), but=WINOGRAD) == "product"
-
-
-def test_only_plain_float32_is_transformed(monkeypatch):
-    seen = []
-    monkeypatch.setattr(cpu_costs, "cheapest", lambda *args: seen.append(args) or "winograd2")
-    x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
-    conv2d(x.bfloat16(), weight.bfloat16(), padding=1)
-    conv2d(x[:0], weight, padding=1)
-    for setting in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
-        before, setting.fp32_precision = setting.fp32_precision, "bf16"
-        try:
-            conv2d(x, weight, padding=1)
-        finally:
-            setting.fp32_precision = before
-    assert not seen
-    conv2d(x, weight, padding=1)
-    assert len(seen) == 1
-
-
-# Which arguments a backend takes
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(
-    ("backend", "served"),
-    [("cpu", ("direct", *OWN)), ("cuda", ("direct", "implicit_gemm")), ("triton", ("implicit_gemm",))],
-)
-def test_algorithms_of_backends(backend, served, algorithm):
-    with FakeTensorMode():
-        x, weight = (torch.empty(8, 8, 3, 3, device="cpu" if backend == "cpu" else "cuda").half() for _ in range(2))
-        refusal = op.backends[backend].module.reject(*arguments(x=x, weight=weight, algorithm=algorithm))
-    if algorithm in served:
-        assert refusal is None
-    else:
-        assert repr(algorithm) in refusal
-        assert all(name in refusal for name in served)
-
-
-@pytest.mark.parametrize(
-    ("backend", "changes", "says"),
-    [
-        ("cpu", {"stride": 2, "algorithm": "winograd4"}, "stride is 2; winograd4 takes stride 1, use algorithm='prod"),
-        ("cpu", {"kernel": 1, "algorithm": "winograd2"}, "weight is (8, 8, 1, 1); winograd2 takes 3×3"),
-        ("cuda", {"dtype": torch.float32}, "x is torch.float32; implicit_gemm takes float16 and bfloat16"),
-        ("cuda", {"dtype": torch.float64}, "x is torch.float64; implicit_gemm takes float16 and bfloat16"),
-        ("cuda", {"dtype": torch.float32, "algorithm": None}, None),
-        ("cuda", {"dtype": torch.float64, "algorithm": "direct"}, None),
-        ("cuda", {"dtype": torch.bfloat16}, None),
-        ("cuda", {"batch": 0}, None),
-        ("cuda", {"batch": 2**29}, "x has 536870912 samples"),
-    ],
-    ids=str,
-)
-def test_refusals(backend, changes, says):
-    given: dict[str, Any] = {"batch": 2, "kernel": 3, "dtype": torch.float16, "algorithm": "implicit_gemm"} | changes
-    like = {"device": "cuda" if backend == "cuda" else "cpu", "dtype": given.pop("dtype")}
-    with FakeTensorMode():
-        x, kernel = torch.empty(given.pop("batch"), 8, 4, 4, **like), given.pop("kernel")
-        weight = torch.empty(8, 8, kernel, kernel, **like)
-        refusal = op.backends[backend].module.reject(*arguments(x=x, weight=weight, padding=1, **given))
-    assert refusal is None if says is None else refusal.startswith(says)
-
-
-def test_interpreter_refuses_bfloat16():
-    given = {"x": map_of(1, 8, 4, 4).bfloat16(), "weight": weight_of(8, 8).bfloat16()}
-    with pytest.raises(BackendUnavailable, match=r"bfloat16.*TRITON_INTERPRET"):
-        RUNNERS["interpreter"].launches(op, Sample("bfloat16", given))
 
 
 # Results that are exact
@@ -487,27 +371,6 @@ def test_every_cuda_tile_is_of_whole_warps():
         assert 32 <= tile.threads <= 256
 
 
-@pytest.mark.parametrize("algorithm", [None, "direct"])
-def test_cuda_default_is_torchs_convolution(algorithm):
-    given = covering.samples(op, "cpu", torch.float16)["everything_channels_last"].kwargs
-    expected = composed.run(*arguments(**given)[:-1])
-    actual = cuda_impl.run(*arguments(**given | {"algorithm": algorithm}))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-def test_measurements_decide(monkeypatch):
-    sample = covering.samples(op, "cpu", torch.float16)["stride_2_channels_last"]
-    monkeypatch.setattr(cuda_impl, "compute", lambda *args: "implicit_gemm")
-    monkeypatch.setattr(cuda_impl.composed, "run", lambda *args: "direct")
-    monkeypatch.setattr(cuda_runtime, "multiprocessors", lambda device: 132)
-    for fastest in ("direct", "implicit_gemm", "triton 64x64"):
-        with measured.forced(fastest):
-            expected = "implicit_gemm" if fastest == "implicit_gemm" else "direct"
-            assert cuda_impl.run(*arguments(**sample.kwargs)) == expected
-            assert cuda_impl.run(*arguments(**sample.map_tensors(Tensor.float).kwargs)) == "direct"
-            assert cuda_impl.run(*arguments(**sample.kwargs | {"algorithm": "direct"})) == "direct"
-
-
 # Triton's kernels
 
 
@@ -564,18 +427,6 @@ def test_triton_plan_covers_the_product(shape, itemsize):
     if itemsize == 2 and min(x_channels, out_channels) >= 320:
         # most multiprocessors have one
         assert batch * plan.row_tiles * plan.column_tiles * plan.splits >= 80
-
-
-@pytest.mark.parametrize("name", TILES)
-def test_measured_tile_is_taken(name):
-    sample = covering.samples(op, "cpu", torch.float16)["everything_channels_last"]
-    with measured.forced(f"triton {name}"):
-        steps = [
-            s for of in (sample, sample.map_tensors(Tensor.float)) for s in RUNNERS["interpreter"].launches(op, of)
-        ]
-    two_bytes, four_bytes = ((*s.args[-4:-1], s.num_warps) for s in steps if s.kernel.__name__ == "convolve")
-    assert two_bytes == TILES[name]
-    assert four_bytes == triton_impl.tile(30, 16, 4)
 
 
 @pytest.mark.parametrize("runner", CARDS)
