@@ -178,6 +178,15 @@ def test_samples_in_blocks_of_several_warps(name):
     check(op, HOST, sample_of(name), {"seed": 0})
 
 
+def test_a_card_that_they_do_not_fill_gets_small_blocks(monkeypatch):
+    samples = covering.samples(op, "cpu", torch.float16)
+    on_a_large_card = HOST.served(op, samples)
+    monkeypatch.setattr(host, "MULTIPROCESSORS", 1)
+    cut_otherwise = on_a_large_card.items() - HOST.served(op, samples).items()
+    assert cut_otherwise
+    assert all("WARPS=1" in defines for _, variants in cut_otherwise for _, defines in variants)
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("one_multiprocessor")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -351,8 +360,9 @@ def test_tiles_are_such_as_tensor_cores_multiply():
         assert 1 <= tile.num_warps <= 16
 
 
-def test_small_tiles_take_the_paths_of_large_inputs():
-    samples = covering.samples(op, "cpu", torch.float32)
+@pytest.mark.parametrize("dtype", INTERPRETER.dtypes, ids=str)
+def test_small_tiles_take_the_paths_of_large_inputs(dtype):
+    samples = covering.samples(op, "cpu", dtype)
     with interpreter.small_tiles("attention"):
         launched = {name: arguments(sample) for name, sample in samples.items() if INTERPRETER.launches(op, sample)}
     assert all((a["BLOCK_M"], a["BLOCK_N"]) == (16, 16) for a in launched.values())

@@ -254,6 +254,15 @@ def test_cuts(name):
     check(op, HOST, cut(name), {"seed": 0})
 
 
+def test_a_card_that_they_do_not_fill_gets_small_blocks(monkeypatch):
+    samples = covering.samples(op, "cpu", torch.float16)
+    on_a_large_card = HOST.served(op, samples)
+    monkeypatch.setattr(host, "MULTIPROCESSORS", 1)
+    cut_otherwise = on_a_large_card.items() - HOST.served(op, samples).items()
+    assert cut_otherwise
+    assert all("WARPS=1" in defines for _, variants in cut_otherwise for _, defines in variants)
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("one_multiprocessor")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -415,11 +424,12 @@ def test_more_than_a_launch_has_is_refused(module, shape, grid, window, pool, sa
         assert max(programs, default=0) < 2**31
 
 
-def test_small_tiles_take_the_paths_of_large_maps():
+@pytest.mark.parametrize("dtype", INTERPRETER.dtypes, ids=str)
+def test_small_tiles_take_the_paths_of_large_maps(dtype):
     with interpreter.small_tiles("gri_attention"):
         launched = [
             launch
-            for name, sample in covering.samples(op, "cpu", torch.float32).items()
+            for name, sample in covering.samples(op, "cpu", dtype).items()
             if name in INTERPRETER.served(op, {name: sample})
             for launch in INTERPRETER.launches(op, sample)
         ]

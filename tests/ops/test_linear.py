@@ -193,6 +193,15 @@ def test_cuts(name):
     check(op, HOST, cut(name), {"seed": 0})
 
 
+def test_a_card_that_they_do_not_fill_gets_small_tiles(monkeypatch):
+    samples = covering.samples(op, "cpu", torch.float16)
+    on_a_large_card = HOST.served(op, samples)
+    monkeypatch.setattr(host, "MULTIPROCESSORS", 1)
+    cut_otherwise = on_a_large_card.items() - HOST.served(op, samples).items()
+    assert cut_otherwise
+    assert all("TILE_ROWS=32" in defines for _, variants in cut_otherwise for _, defines in variants)
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("one_multiprocessor")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
