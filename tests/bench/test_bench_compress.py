@@ -101,7 +101,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
 
 def test_half_precision_is_held_against_float32():
     unet = torch.nn.Module.to(models.load("small-sd"), torch.bfloat16)
-    comparison = compress.compare(unet, ["bk-sdm-tiny", "a-sdm"], 1, 24, 1, with_pipeline=False)
+    comparison = compress.compare(unet, ["bk-sdm-tiny"], 1, 24, 1, with_pipeline=False)
     assert not comparison.refusals
     assert 1e-4 < comparison.errors["bk-sdm-tiny"] < 0.1
 

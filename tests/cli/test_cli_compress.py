@@ -11,6 +11,7 @@ from fastsd import models
 from fastsd.cli import compress, main
 from fastsd.compress.measure import measure, total
 from fastsd.models import NamedModel
+from tests.combinations import long
 from tests.compress.models import SMALL_SD, build, shared
 
 
@@ -32,7 +33,7 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("recipe", ["bk-sdm-small", "a-sdm"])
+@pytest.mark.parametrize("recipe", ["a-sdm", *long("bk-sdm-small")])
 def test_saved_and_summed_up(recipe, tmp_path, capsys):
     out, path = tmp_path / "new" / "out", tmp_path / "summary.json"
     assert run("small-sd", "--recipe", recipe, "--out", out, "--repeats", "1", "--json", path) == 0

@@ -73,23 +73,6 @@ def test_as_stock(changes, given, is_faster, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda attn: attn.set_processor(SlicedAttnProcessor(1)),
-        lambda attn: attn.to_q.register_forward_hook(lambda module, args, y: 2 * y),
-        lambda attn: attn.to_out[0].register_forward_hook(lambda module, args, y: 2 * y),
-        lambda attn: setattr(attn, "to_v", nn.Sequential(attn.to_v, nn.Tanh())),
-        lambda attn: attn.register_forward_hook(lambda module, args, y: 2 * y),
-    ],
-)
-def test_what_is_put_on_it_runs(change):
-    stock, model = layer(), fastsd.patch(layer())
-    change(stock[0])
-    change(model[0])
-    torch.testing.assert_close(model[0](X), stock[0](X), rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
         lambda attn: attn.to_qkv.register_forward_hook(lambda module, args, y: 2 * y),
         lambda attn: attn.to_qkv.weight.mul_(1.5),
         lambda attn: attn.to_k.weight.mul_(1.5),  # which nobody reads
@@ -145,24 +128,6 @@ def test_masks_and_other_arguments_are_stock():
     assert torch.equal(model[0](X, attention_mask=mask), expected)
 
 
-@pytest.mark.gradients
-def test_gradients_are_stock():
-    model = fastsd.patch(layer().requires_grad_())
-    assert op_calls(lambda: model[0](X).sum().backward()) == 0
-    assert model[0].to_q.weight.grad is not None
-    frozen = fastsd.patch(layer())
-    assert op_calls(lambda: frozen[0](X)) == 1
-    assert op_calls(lambda: frozen[0](X.clone().requires_grad_())) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes_are_stock(dtype):
-    model = fastsd.patch(layer()).to(dtype)
-    assert torch.equal(model[0](X.to(dtype)), layer().to(dtype)[0](X.to(dtype)))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fastsd.patch(layer())[0](X), layer()[0](X))
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"added_kv_proj_dim": 6, "only_cross_attention": True}, {"kv_heads": 1}, {"spatial_norm_dim": 4, "query_dim": 32}],
@@ -180,13 +145,6 @@ def test_another_processor_is_refused():
     model[0].set_processor(SlicedAttnProcessor(1))
     with pytest.raises(fastsd.PatchError, match="its processor is a SlicedAttnProcessor, expected diffusers' Attn"):
         fastsd.patch(model, strict=True)
-
-
-def test_class_level_patches_run(monkeypatch):
-    model = fastsd.patch(layer())
-    original = AttnProcessor2_0.__call__
-    monkeypatch.setattr(AttnProcessor2_0, "__call__", lambda *args, **kwargs: 3 * original(*args, **kwargs))
-    torch.testing.assert_close(model[0](X), layer()[0](X))
 
 
 @pytest.mark.parametrize(

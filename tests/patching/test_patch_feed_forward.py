@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -88,35 +87,12 @@ def test_weights_that_are_sparse_are_torchs():
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [nn.Linear, GEGLU, FeedForward], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_class_level_patches_run(monkeypatch, cls, when):
-    forward, model = cls.forward, layer()
-    if when == "after":
-        fastsd.patch(model)
-    monkeypatch.setattr(cls, "forward", lambda self, x: 3 * forward(self, x))
-    stock = layer()[0](tokens())
-    if when == "before":
-        fastsd.patch(model)
-    torch.testing.assert_close(model[0](tokens()), stock, rtol=1e-5, atol=1e-6)
-
-
 def test_strided_tokens():
     tokens = torch.randn(24, 7, 2).permute(2, 1, 0)
     stock = layer()[0](tokens)
     fast = fastsd.patch(layer())[0](tokens)
     assert fast.stride() == stock.stride()
     torch.testing.assert_close(fast, stock, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("path", ["net.0", "net.0.proj", "net.1", "net.2"])
-def test_a_hook_runs(path):
-    outputs = []
-    for prepare in (lambda model: model, fastsd.patch):
-        model = prepare(layer())
-        model[0].get_submodule(path).register_forward_hook(lambda module, args, output: 3 * output)
-        outputs.append(model[0](tokens()))
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.5}, {"dropout": 0.5, "final_dropout": True}, {"bias": False}])
@@ -129,20 +105,6 @@ def test_options(changes):
         with torch.no_grad():
             outputs.append(model[0](tokens()))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.gradients
-def test_gradients_are_stock():
-    model = fastsd.patch(layer())
-    assert calls_of("linear", lambda: model[0](tokens()).sum().backward()) == 0
-    assert model[0].net[2].weight.grad is not None
-
-
-def test_other_dtypes_are_left_to_torch():
-    for dtype in (torch.float64, torch.bfloat16):
-        model = layer().to(dtype)
-        stock = model[0](tokens(dtype=dtype))
-        assert torch.equal(fastsd.patch(model)[0](tokens(dtype=dtype)), stock)
 
 
 def test_weights_are_read_live():
