@@ -69,9 +69,7 @@ def unload(model):
 
 
 HISTORIES = {
-    "load": (load,),
     "weigh": (add, weigh),
-    "fuse": (add, fuse),
     "unfuse": (add, fuse, unfuse),
     "disable": (add, disable),
     "delete": (add, delete),
