@@ -96,10 +96,9 @@ def test_row_10_repeated_blocks():
     assert set(graphs.op_calls()) == {2}
 
 
-@pytest.mark.parametrize(
-    ("name", "strict"), [("unet", False), pytest.param("no_attention", True, marks=pytest.mark.long)]
-)
-def test_row_10_export(name, strict):
+@pytest.mark.parametrize("strict", [False, *long(True)], ids=["non_strict", "strict"])
+def test_row_10_export(strict):
+    name = "no_attention" if strict else "unet"
     model = build(name)
     inputs = example_inputs(model, 2, 16, tokens=7)
     stock = model(**inputs)[0]

@@ -258,13 +258,6 @@ def test_odd_latents_up_and_down():
     assert_as_stock(call(fastsd.patch(model), 1, 18), stock)
 
 
-def test_a_vae_and_a_controlnet_are_fused():
-    for name in ("vae", "controlnet"):
-        model = fastsd.patch(build(name))
-        assert isinstance(model, diffusers.ModelMixin)
-        assert fused_convolutions(lambda: call(model)) >= 8  # noqa: B023 (called at once)
-
-
 @pytest.fixture
 def ops_on_a_card(monkeypatch):
     """Counts how often each op runs in a call of a model, patched, on what takes the place of a card.
