@@ -49,7 +49,11 @@ def covering(combinations: Sequence[Sequence[Hashable]], strength: int = 2) -> s
 
 
 def pairwise(
-    names: str, *axes: Sequence[Any], ids: Callable[[Any], str] = str, strength: int = 2
+    names: str,
+    *axes: Sequence[Any],
+    ids: Callable[[Any], str] = str,
+    strength: int = 2,
+    indirect: bool | Sequence[str] = False,
 ) -> pytest.MarkDecorator:
     """Parametrise with every combination of ``axes``; `make test` runs enough for every pair of values of two axes.
 
@@ -63,7 +67,7 @@ def pairwise(
         values = [axis[at] for axis, at in zip(axes, index, strict=True)]
         marks = () if number in chosen else pytest.mark.long
         given.append(pytest.param(*values, id="-".join(map(ids, values)), marks=marks))
-    return pytest.mark.parametrize(names, given)
+    return pytest.mark.parametrize(names, given, indirect=indirect)
 
 
 def each_value(names: str, *axes: Sequence[Any], ids: Callable[[Any], str] = str) -> pytest.MarkDecorator:

@@ -19,7 +19,7 @@ def pytest_configure(config):
     is_full = config.getoption("--full")
     settings.register_profile(
         "fastsd",
-        max_examples=200 if is_full else 25,
+        max_examples=200 if is_full else 20,
         phases=[Phase.explicit, Phase.generate, *[Phase.shrink] * is_full],  # to shrink takes minutes
         deadline=None,
         database=None,

@@ -19,7 +19,7 @@ EVERYWHERE = (
 )
 # of each kind one
 SOME = ("to_q", "ff.net.2", "proj_in", "conv1", "conv_shortcut")
-TARGETS = {"bk-sdm-tiny": EVERYWHERE, "a-sdm": EVERYWHERE, "ssd-1b": ("to_q",)}
+TARGETS = {"a-sdm": EVERYWHERE, "ssd-1b": ("to_q",)}
 
 
 @functools.cache

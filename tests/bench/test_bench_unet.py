@@ -11,6 +11,7 @@ from bench.providers import PROVIDERS, prepare, prepare_in_place, twin
 from fastsd import models
 from fastsd_kernels.conv2d import reference
 from fastsd_kernels.gri_attention import cpu_impl as cpu_attention
+from tests.patching.models import build
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,8 @@ def test_refused_requests(arguments, says, capsys):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning")
 @torch.no_grad()
-def test_openvino(tiny):
+def test_openvino():
+    tiny = build("small")
     pytest.importorskip("openvino", reason="an extra: pip install .[bench]")
     inputs, classes = models.example_inputs(tiny, latent=8), [type(module) for module in tiny.modules()]
     expected = models.flat_output(prepare("eager", tiny, inputs)())

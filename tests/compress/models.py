@@ -86,9 +86,7 @@ def trained(model: Any) -> Any:
 PLANS = {
     "transformer": fastsd.Plan(removed=("down_blocks.1.attentions.0", "mid_block.attentions.0")),
     "all_transformers_of_a_block": fastsd.Plan(removed=("down_blocks.1.attentions.0", "down_blocks.1.attentions.1")),
-    "transformer_block": fastsd.Plan(removed=("up_blocks.2.attentions.1.transformer_blocks.0",)),
     "bypassed": fastsd.Plan(bypassed=("down_blocks.0.resnets.1", "down_blocks.1.resnets.0", "up_blocks.3.resnets.2")),
-    "mid_resnets": fastsd.Plan(removed=("mid_block.resnets.0",), bypassed=("mid_block.resnets.1",)),
     "level": fastsd.Plan(removed=("down_blocks.3", "down_blocks.2.downsamplers", "up_blocks.0")),
     "experts": fastsd.Plan(
         experts={"up_blocks.1.resnets.0.conv2": ("up_blocks.1.resnets.1.conv2", "up_blocks.1.resnets.2.conv2")},

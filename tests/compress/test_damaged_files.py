@@ -14,7 +14,7 @@ from tests.combinations import order
 from tests.compress.models import EVERYTHING, SMALLEST, build
 from tests.compress.test_storage import STOCK_INDEX, signed
 
-MANY = settings(max_examples=4 * settings.default.max_examples)
+MANY = settings(max_examples=2 * settings.default.max_examples)
 VALUES = st.sampled_from(
     [None, True, -1, 0, 1, 3.5, 10**6, 10**30, "", "two", "../x", [], [3], ["mid_block"], [[]], {}, {"a": 1}]
 )

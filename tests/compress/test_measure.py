@@ -11,7 +11,7 @@ from fastsd.compress.measure import Cost, measure, stages, timed, total
 from fastsd.compress.model import build as build_compressed
 from fastsd.compress.recipes import recipe
 from tests.combinations import long
-from tests.compress.models import build, config_of, shared
+from tests.compress.models import EVERYTHING, SMALLEST, build, config_of, shared
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_stages_hold_every_parameter():
 
 
 def test_the_model_is_left_as_it_is_and_patching_changes_no_count():
-    unet = fastsd.compress(shared(), "a-sdm")
+    unet = fastsd.compress(build(SMALLEST), EVERYTHING)
     before = {name: (value.data_ptr(), value.device.type) for name, value in unet.state_dict().items()}
     classes = [type(module) for module in unet.modules()]
     found = measure(unet, batch=2, latent=24, tokens=7)
@@ -82,7 +82,7 @@ def test_the_model_is_left_as_it_is_and_patching_changes_no_count():
 
 
 def test_twice_the_samples_compute_twice():
-    unet = shared()
+    unet = build(SMALLEST)
     once, twice = (total(measure(unet, batch=batch, latent=16, tokens=7)) for batch in (1, 2))
     assert twice.attention_macs == 2 * once.attention_macs
     assert twice.macs == 2 * once.macs

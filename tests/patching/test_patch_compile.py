@@ -8,6 +8,7 @@ from torch import nn
 
 import fastsd
 from fastsd.models import example_inputs, flat_output
+from tests.combinations import long
 from tests.patching.models import assert_as_stock, block_count, build, call, fused_in, norm_count
 
 AOT_EAGER = torch._dynamo.lookup_backend("aot_eager")
@@ -21,14 +22,14 @@ def _no_graph_of_an_earlier_test():
 
 
 class Graphs:
-    """A compiler backend that keeps the graphs; they are traced through autograd and run as they are."""
+    """A compiler backend that keeps the graphs and runs them, traced through autograd or as they are."""
 
-    def __init__(self):
-        self.graphs = []
+    def __init__(self, *, is_traced=True):
+        self.graphs, self.is_traced = [], is_traced
 
     def __call__(self, graph, inputs):
         self.graphs.append(graph)
-        return AOT_EAGER(graph, inputs)
+        return AOT_EAGER(graph, inputs) if self.is_traced else graph
 
     def op_calls(self):
         """Norms in fastsd's ops per graph; dynamo empties the graphs that it gives up for a better one."""
@@ -36,7 +37,7 @@ class Graphs:
         return [sum(fused_in(node.target, node.args, "norms") for node in nodes) for nodes in graphs if nodes]
 
 
-@pytest.mark.parametrize("name", ["unet", "no_attention", "no_attention_scale_shift"])
+@pytest.mark.parametrize("name", ["unet", "no_attention_scale_shift", *long("no_attention")])
 def test_row_10_fullgraph(name):
     model = build(name)
     stock = call(model)
@@ -75,7 +76,7 @@ def test_row_10_patch_and_unpatch_a_compiled_model():
     """What was compiled before is not used for what the model is now."""
     model = build("no_attention")
     stock = call(model)
-    graphs = Graphs()
+    graphs = Graphs(is_traced=False)
     model.compile(fullgraph=True, backend=graphs)
     call(model)
     assert_as_stock(call(fastsd.patch(model)), stock)
@@ -88,15 +89,16 @@ def test_row_10_repeated_blocks():
     stock = call(model)
     fastsd.patch(model)
     model._repeated_blocks = ["ResnetBlock2D"]
-    graphs = Graphs()
+    graphs = Graphs(is_traced=False)
     model.compile_repeated_blocks(fullgraph=True, backend=graphs)
     assert_as_stock(call(model), stock)
     assert graphs.op_calls()
     assert set(graphs.op_calls()) == {2}
 
 
-@pytest.mark.parametrize(("name", "strict"), [("unet", False), ("no_attention", True)])
-def test_row_10_export(name, strict):
+@pytest.mark.parametrize("strict", [False, *long(True)], ids=["non_strict", "strict"])
+def test_row_10_export(strict):
+    name = "no_attention" if strict else "unet"
     model = build(name)
     inputs = example_inputs(model, 2, 16, tokens=7)
     stock = model(**inputs)[0]
@@ -113,7 +115,7 @@ def test_row_10_hook_put_on_a_compiled_block():
     model, stock = fastsd.patch(build("no_attention")), build("no_attention")
     for each in (model, stock):
         each.mid_block.resnets[0].norm1.register_forward_hook(lambda module, args, output: 3 * output)
-    model.compile(fullgraph=True, backend="aot_eager")
+    model.compile(fullgraph=True, backend="eager")
     assert_as_stock(call(model), call(stock))
 
 
@@ -121,7 +123,7 @@ def test_row_10_one_compiled_block():
     """The wrapper of a compiled module shows the attributes of the module inside, and is none of ours."""
     model = build("no_attention")
     stock = call(model)
-    model.mid_block.resnets[0] = torch.compile(model.mid_block.resnets[0], fullgraph=True, backend="aot_eager")
+    model.mid_block.resnets[0] = torch.compile(model.mid_block.resnets[0], fullgraph=True, backend="eager")
     fastsd.patch(model, strict=True)
     assert_as_stock(call(model), stock)
     fastsd.patch(model, backend="reference")
@@ -147,7 +149,7 @@ class _Positional(nn.Module):
         return flat_output(getattr(self.model, "decode", self.model)(**given, return_dict=False))
 
 
-@pytest.mark.parametrize("name", ["unet", "linear_projections", "controlnet", "vae"])
+@pytest.mark.parametrize("name", ["cross_up", "vae", *long("unet", "linear_projections", "controlnet")])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_row_10_traced(name):

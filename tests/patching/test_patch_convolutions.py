@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastsd
 from fastsd.nn import convolution
 from fastsd_kernels.conv2d import cpu_costs, measured
+from tests.combinations import pairwise
 from tests.patching.models import (
     assert_as_stock,
     assert_layout,
@@ -47,7 +48,10 @@ def inputs(block, height=9, width=7, batch=2, channels=64):
     return (x, torch.randn(batch, 6, generator=generator)) if isinstance(block, ResnetBlock2D) else (x,)
 
 
-@pytest.fixture(params=["direct", "product", "winograd2", "winograd4"])
+ALGORITHMS = ["direct", "product", "winograd2", "winograd4"]
+
+
+@pytest.fixture(params=ALGORITHMS)
 def algorithm(request, monkeypatch):
     """What every convolution that has the choice is computed by."""
     monkeypatch.setattr(
@@ -58,8 +62,13 @@ def algorithm(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling", "output_scale", "vae", "controlnet"])
+@pairwise(
+    "algorithm,name,memory_format",
+    ALGORITHMS,
+    ["unet", "scale_shift", "resnet_sampling", "output_scale", "vae", "controlnet"],
+    FORMATS,
+    indirect=["algorithm"],
+)
 def test_every_algorithm(algorithm, name, memory_format):
     model = build(name).to(memory_format=memory_format)
     stock = [call(model, 2, latent) for latent in (16, 20)]
@@ -69,24 +78,23 @@ def test_every_algorithm(algorithm, name, memory_format):
         assert_as_stock(call(model, 2, latent), expected)
 
 
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize(
-    ("kind", "options", "arguments"),
-    [
-        (ResnetBlock2D, {"out_channels": 32}, ()),
-        (ResnetBlock2D, {"time_embedding_norm": "scale_shift", "output_scale_factor": 1.7}, ()),
-        (Downsample2D, {"use_conv": True}, ()),
-        (Downsample2D, {"use_conv": True, "padding": 0, "name": "op"}, ()),
-        (Downsample2D, {"use_conv": True, "name": "Conv2d_0"}, ()),
-        (Upsample2D, {"use_conv": True}, ()),
-        (Upsample2D, {"use_conv": True, "out_channels": 24, "name": "Conv2d_0"}, ()),
-        (Upsample2D, {"use_conv": True}, ((17, 13),)),
-        (Upsample2D, {"use_conv": True}, (torch.Size((18, 14)),)),
-        (Upsample2D, {"use_conv": True, "kernel_size": 1, "padding": 0, "bias": False}, ()),
-    ],
-    ids=str,
-)
-def test_module(algorithm, kind, options, arguments, memory_format):
+MODULES = [
+    (ResnetBlock2D, {"out_channels": 32}, ()),
+    (ResnetBlock2D, {"time_embedding_norm": "scale_shift", "output_scale_factor": 1.7}, ()),
+    (Downsample2D, {"use_conv": True}, ()),
+    (Downsample2D, {"use_conv": True, "padding": 0, "name": "op"}, ()),
+    (Downsample2D, {"use_conv": True, "name": "Conv2d_0"}, ()),
+    (Upsample2D, {"use_conv": True}, ()),
+    (Upsample2D, {"use_conv": True, "out_channels": 24, "name": "Conv2d_0"}, ()),
+    (Upsample2D, {"use_conv": True}, ((17, 13),)),
+    (Upsample2D, {"use_conv": True}, (torch.Size((18, 14)),)),
+    (Upsample2D, {"use_conv": True, "kernel_size": 1, "padding": 0, "bias": False}, ()),
+]
+
+
+@pairwise("algorithm,module,memory_format", ALGORITHMS, MODULES, FORMATS, indirect=["algorithm"])
+def test_module(algorithm, module, memory_format):
+    kind, options, arguments = module
     model = holder(kind, **options).to(memory_format=memory_format)
     given = (*inputs(model[0]), *arguments)
     given = (given[0].contiguous(memory_format=memory_format), *given[1:])
@@ -204,8 +212,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("change", CHANGES)
+@pairwise("algorithm,change,memory_format", ALGORITHMS, list(CHANGES), FORMATS, indirect=["algorithm"])
 def test_row_3_weights_change(algorithm, change, memory_format):
     """Weights are read at every call, however they came to be what they are."""
     model = fastsd.patch(holder().to(memory_format=memory_format))
@@ -249,13 +256,6 @@ def test_odd_latents_up_and_down():
     model = build("unet_2d_model")
     stock = call(model, 1, 18)
     assert_as_stock(call(fastsd.patch(model), 1, 18), stock)
-
-
-def test_a_vae_and_a_controlnet_are_fused():
-    for name in ("vae", "controlnet"):
-        model = fastsd.patch(build(name))
-        assert isinstance(model, diffusers.ModelMixin)
-        assert fused_convolutions(lambda: call(model)) >= 8  # noqa: B023 (called at once)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from fastsd.nn.transformer_block import BasicTransformerBlock as FastBlock
 from fastsd.patching.rules import TRANSFORMER_BLOCK
 from fastsd_kernels.gri_attention import op
 from fastsd_kernels.linear import cpu_speed
+from tests.combinations import pairwise
 from tests.flops import flops_of, flops_without_hooks
 from tests.patching.gri import LEVEL_0, MIDDLE, SMALL, approximate, gri_calls, ip_adapter, run, told, with_processors
 from tests.patching.models import (
@@ -99,10 +100,14 @@ def test_highest_level():
     assert len(approximate(fastsd.patch(model, gri=fastsd.GRI(4, 2, levels=highest_level(model))))) == 4
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 20), (13, 17), (8, 40), (1, 2)])
-@pytest.mark.parametrize("mask_own_window", [False, True])
-@pytest.mark.parametrize("interaction", ["joint", "agent"])
-def test_as_with_processors(interaction, mask_own_window, height, width):
+@pairwise(
+    "interaction,mask_own_window,size",
+    ["joint", "agent"],
+    [False, True],
+    [(16, 16), (12, 20), (13, 17), (8, 40), (1, 2)],
+)
+def test_as_with_processors(interaction, mask_own_window, size):
+    height, width = size
     given = {"interaction": interaction, "mask_own_window": mask_own_window}
     model = fastsd.patch(build(), gri=fastsd.GRI(4, 2, **given))
     expected = build()

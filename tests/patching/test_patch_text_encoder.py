@@ -21,6 +21,7 @@ from fastsd.models import flat_output
 from fastsd.nn import text_encoder
 from fastsd.nn.replacement import settings_of
 from fastsd_kernels.linear import cpu_speed
+from tests.combinations import pairwise
 from tests.patching.models import OpCalls, Pipeline, assert_as_stock, build, calls_of
 
 pytestmark = pytest.mark.usefixtures("_own_product")
@@ -60,23 +61,29 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, modeling_clip.CLIPEncoderLayer)]
 
 
-@pytest.mark.parametrize("is_faster", [False, True])
-@pytest.mark.parametrize("cls", [CLIPTextModel, CLIPTextModelWithProjection], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize(
-    ("changes", "given"),
-    [
-        pytest.param({}, {}, id="quick_gelu"),
-        pytest.param({"hidden_act": "gelu"}, {}, id="gelu"),
-        pytest.param({"hidden_act": "gelu_python"}, {}, id="gelu_python"),
-        pytest.param({"hidden_act": "gelu_new"}, {}, id="gelu_new"),
-        pytest.param({"layer_norm_eps": 0.1}, {}, id="eps"),
-        pytest.param({}, {"attention_mask": MASK}, id="masked"),
-        pytest.param({"attention": "eager"}, {"attention_mask": MASK}, id="masked_eager"),
-        pytest.param({}, {"output_hidden_states": True}, id="hidden_states"),
-        pytest.param({"attention": "eager"}, {"output_attentions": True}, id="attentions"),
-    ],
+# changes of the configuration, and arguments of a call
+OPTIONS = {
+    "quick_gelu": ({}, {}),
+    "gelu": ({"hidden_act": "gelu"}, {}),
+    "gelu_python": ({"hidden_act": "gelu_python"}, {}),
+    "gelu_new": ({"hidden_act": "gelu_new"}, {}),
+    "eps": ({"layer_norm_eps": 0.1}, {}),
+    "masked": ({}, {"attention_mask": MASK}),
+    "masked_eager": ({"attention": "eager"}, {"attention_mask": MASK}),
+    "hidden_states": ({}, {"output_hidden_states": True}),
+    "attentions": ({"attention": "eager"}, {"output_attentions": True}),
+}
+
+
+@pairwise(
+    "option,cls,is_faster",
+    list(OPTIONS),
+    [CLIPTextModel, CLIPTextModelWithProjection],
+    [False, True],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_row_13_as_stock(changes, given, cls, is_faster, monkeypatch):
+def test_row_13_as_stock(option, cls, is_faster, monkeypatch):
+    changes, given = OPTIONS[option]
     monkeypatch.setattr(cpu_speed, "_is_faster", is_faster)
     model = encoder(cls, **changes)
     stock = call(model, **given)

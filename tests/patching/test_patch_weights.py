@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import fastsd
 from fastsd.models import example_inputs
+from tests.combinations import each_value
 from tests.patching.models import NAMES, assert_as_stock, blocks, build, call, op_calls, relative_error
 
 
@@ -74,8 +75,7 @@ def test_row_3_weights_change(change):
     assert torch.equal(call(fastsd.unpatch(model)), call(stock))
 
 
-@pytest.mark.parametrize("name", ["unet", "scale_shift", "vae"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@each_value("dtype,name", [torch.float16, torch.bfloat16, torch.float64], ["unet", "scale_shift", "vae"])
 def test_row_4_cast_after_patch(dtype, name):
     model = fastsd.patch(build(name)).to(dtype)
     exact = call(build(name).to(dtype).double(), rounded_to=dtype)
@@ -121,8 +121,7 @@ def assert_same_gradients(actual, expected):
             assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-6 * scale, name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["unet", "scale_shift", "resnet_sampling", "dropout"])
+@each_value("name,checkpointing", ["unet", "scale_shift", "resnet_sampling", "dropout"], [False, True])
 @pytest.mark.gradients
 def test_row_7_training(name, checkpointing):
     results = []
