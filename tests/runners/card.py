@@ -10,6 +10,7 @@ class Card:
     device = "cuda"
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     costly = ()
+    one_in = 1
     settings = {}  # noqa: RUF012 (read only)
 
     def __init__(self, backend: str) -> None:

@@ -13,6 +13,7 @@ class CPU:
     name, backend, device = "cpu", "cpu", "cpu"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     costly = ()
+    one_in = 1
 
     @functools.cached_property
     def settings(self):

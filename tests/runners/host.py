@@ -22,6 +22,7 @@ class Host:
     name, backend, device = "host", "cuda", "cpu"
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     costly = ()
+    one_in = 1
     settings = {"seed": (0, 1, 2, 3)}  # noqa: RUF012 (read only)
 
     def unavailable(self):

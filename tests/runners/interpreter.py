@@ -30,6 +30,7 @@ class Interpreter:
     dtypes = (torch.float32, torch.float16)  # it rounds bfloat16 wrongly
     settings = {"tiles": ("as_launched", "small")}  # noqa: RUF012 (read only)
     costly = ("small",)
+    one_in = 3
 
     def unavailable(self):
         return "Triton is not installed" if triton_runtime.triton is None else None

@@ -26,6 +26,7 @@ class Runner(Protocol):
         dtypes: of the samples.
         settings: what a call depends on beside its arguments, such as an instruction set: values by name.
         costly: values of settings that take long.
+        one_in: of how many samples that bring no new pair of values one is run in `make test`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Runner(Protocol):
     dtypes: Sequence[torch.dtype]
     settings: Mapping[str, Sequence[Any]]
     costly: Sequence[Any]
+    one_in: int
 
     def unavailable(self) -> str | None:
         """Why nothing can run here, or ``None``."""
