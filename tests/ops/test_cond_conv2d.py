@@ -255,6 +255,17 @@ def test_refusals(backend, changes, words):
         assert words in protocol.refusal(op, Sample("", given | changes), backend)
 
 
+@pytest.mark.parametrize("runner", [CPU, HOST, INTERPRETER])
+def test_no_other_sample_is_refused(runner):
+    """Which would leave it out of the contract's tests."""
+    for dtype in cuda_impl.DTYPES if runner is HOST else runner.dtypes:
+        samples = covering.samples(op, "cpu", dtype)
+        served = runner.served(op, samples)
+        others = ("mix_in_loop", "concat") if runner is HOST else ()
+        others = op.cases.NOT_INTERPRETED if runner is INTERPRETER else others
+        assert {*served} == {name for name in samples if not name.startswith(others)}
+
+
 # --- samples that take the paths of large inputs
 
 ON_A_SMALL_CARD = ("many_samples_routed_channels_last", "many_experts_routed_contiguous", "crowd_contiguous")

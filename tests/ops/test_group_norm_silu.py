@@ -191,6 +191,16 @@ def test_more_groups_than_blocks_are_refused():
     assert "268435456 samples of 8 channels" in sentence
 
 
+@pytest.mark.parametrize("runner", ["cpu", "host", "interpreter"])
+def test_no_other_sample_is_refused(runner):
+    """Which would leave it out of the contract's tests."""
+    left_out = op.cases.NOT_INTERPRETED if runner == "interpreter" else ()
+    for dtype in RUNNERS[runner].dtypes:
+        samples = covering.samples(op, "cpu", dtype)
+        served = RUNNERS[runner].served(op, samples)
+        assert {*served} == {name for name in samples if not name.startswith(left_out)}
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
