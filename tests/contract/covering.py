@@ -2,9 +2,9 @@
 
 What an op is tried with is a product: samples, each a point of layouts, dtypes of parameters, activations, parts of an
 epilogue and classes of shapes, times the dtypes and settings of a runner (instruction sets, threads, launch order, size
-of tiles). ``--full`` runs all of it. Without, :func:`covering` chooses: every pair of a value of the sample with a value
-of the setting, and every pair of settings, at least once; and every sample, but on a slow runner one in three of those
-that bring no new pair. What stands beside a pair changes from commit to commit, and with ``FASTSD_TEST_SEED``.
+of tiles). ``--full`` runs all of it. Without, :func:`covering` chooses: every pair of a value of the sample with a
+value of the setting, and every pair of settings, at least once; and every sample, but on a slow runner one in three of
+those that bring no new pair. What stands beside a pair changes from commit to commit, and with ``FASTSD_TEST_SEED``.
 """
 
 import functools
