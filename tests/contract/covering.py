@@ -108,9 +108,9 @@ def covering(op: Op, runner: Runner) -> list[Case]:
         of_name.setdefault(case.name, []).append(case)
         missing |= pairs[case]
 
-    def gain(case: Case) -> int:
-        compilations, costly = len(case.needs - compiled), len({*case.setting.values()} & {*runner.costly})
-        return (pairs[case] & missing).bit_count() - _PAIRS_FOR_A_COMPILATION * compilations - costly
+    def gain(case: Case) -> float:
+        cost = runner.cost(op, case.sample, case.setting) + _PAIRS_FOR_A_COMPILATION * len(case.needs - compiled)
+        return (pairs[case] & missing).bit_count() - cost
 
     chosen = []
     while of_name or missing:

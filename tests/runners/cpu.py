@@ -12,7 +12,6 @@ from tests.runners.protocol import attributes
 class CPU:
     name, backend, device = "cpu", "cpu", "cpu"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    costly = ()
     one_in = 1
 
     @functools.cached_property
@@ -30,6 +29,9 @@ class CPU:
                 return protocol.call(op, sample, "cpu")
         finally:
             torch.set_num_threads(threads)
+
+    def cost(self, op, sample, setting):
+        return 0
 
     def same_bits(self, setting):
         # with another number of threads only the library's own products give the same bits, not torch's

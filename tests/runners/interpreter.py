@@ -6,6 +6,7 @@ for each test process interprets, so that the tests themselves can compile.
 
 import atexit
 import functools
+import math
 import os
 import pickle
 import subprocess
@@ -19,17 +20,20 @@ from unittest import mock
 import torch
 
 from fastsd_kernels import triton_runtime
-from fastsd_kernels.dispatch import ops
+from fastsd_kernels.dispatch import Op, ops
+from fastsd_kernels.testing import named
 from tests.artefacts import ROOT
 from tests.runners import protocol
 from tests.runners.protocol import attributes
+
+# A program takes some 20 ms
+PROGRAMS_FOR_A_PAIR = 8
 
 
 class Interpreter:
     name, backend, device = "interpreter", "triton", "cpu"
     dtypes = (torch.float32, torch.float16)  # it rounds bfloat16 wrongly
     settings = {"tiles": ("as_launched", "small")}  # noqa: RUF012 (read only)
-    costly = ("small",)
     one_in = 3
 
     def unavailable(self):
@@ -37,6 +41,9 @@ class Interpreter:
 
     def run(self, op, sample, setting):
         return interpreted(_run, op.name, sample, setting["tiles"] == "small")
+
+    def cost(self, op, sample, setting):
+        return _programs(op, sample.name, setting["tiles"] == "small") / PROGRAMS_FOR_A_PAIR
 
     def same_bits(self, setting):
         # with tiles as launched most samples are one program each
@@ -53,6 +60,15 @@ class Interpreter:
         with as_interpreted():
             found = protocol.not_refused(op, samples, "triton")
         return {name: needs for name, needs in found.items() if not name.startswith(too_large)}
+
+
+@functools.cache
+def _programs(op: Op, name: str, small: bool) -> int:
+    """How many programs run for a sample of the op's; a step that is another op's counts as one."""
+    sample = named(op.cases.samples("cpu", torch.float32), name)
+    with small_tiles(op.name) if small else attributes():
+        launches = Interpreter().launches(op, sample)
+    return sum(math.prod(getattr(launch, "grid", (1,))) for launch in launches)
 
 
 def interpreted(function: Callable[..., Any], *args: Any) -> Any:

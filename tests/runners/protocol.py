@@ -25,7 +25,6 @@ class Runner(Protocol):
         device: where the samples' tensors are.
         dtypes: of the samples.
         settings: what a call depends on beside its arguments, such as an instruction set: values by name.
-        costly: values of settings that take long.
         one_in: of how many samples that bring no new pair of values one is run in `make test`.
     """
 
@@ -34,7 +33,6 @@ class Runner(Protocol):
     device: str
     dtypes: Sequence[torch.dtype]
     settings: Mapping[str, Sequence[Any]]
-    costly: Sequence[Any]
     one_in: int
 
     def unavailable(self) -> str | None:
@@ -42,6 +40,9 @@ class Runner(Protocol):
 
     def run(self, op: Op, sample: Sample, setting: Setting) -> Tensor:
         """The result of the op's public function."""
+
+    def cost(self, op: Op, sample: Sample, setting: Setting) -> float:
+        """How many new pairs of values a sample must bring to be chosen rather than another setting of it."""
 
     def same_bits(self, setting: Setting) -> Setting | None:
         """A setting, another or the same one again, that must give the same bits, if it is worth a second run."""
