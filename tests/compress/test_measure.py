@@ -27,6 +27,15 @@ PUBLISHED = {
 }
 
 
+def test_buffers_are_no_parameters():
+    unet = build(SMALLEST)
+    before = total(measure(unet))
+    unet.conv_in.register_buffer("scale", torch.ones(10))
+    after = total(measure(unet))
+    assert after.parameters == before.parameters
+    assert after.bytes == before.bytes + 40
+
+
 @pytest.mark.parametrize("name", [None, "bk-sdm-tiny", *long("bk-sdm-base", "bk-sdm-small")])
 def test_sizes_of_sd(name, sd15):
     unet = sd15 if name is None else build_compressed(config_of(sd15), recipe(name, config_of(sd15)))[0]

@@ -1,5 +1,6 @@
 """A patched model computes what the stock one computes; an unpatched one is the stock one."""
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -7,9 +8,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsd
+from fastsd.models import example_inputs
 from tests.flops import flops_of, flops_without_hooks
 from tests.patching.models import (
     NAMES,
+    TINY,
     assert_as_stock,
     assert_layout,
     block_count,
@@ -65,6 +68,15 @@ def test_autocast(name):
         fused = block_count(name) if name == "scale_shift" else norm_count(name)
         assert op_calls(lambda: call(model)) == fused
     assert relative_error(patched, exact) <= 1.5 * relative_error(stock, exact)
+
+
+@pytest.mark.parametrize("last", ["UpBlock2D", "CrossAttnUpBlock2D"])
+def test_the_result_is_laid_out_as_stocks(last):
+    """Maps between replaced modules are channels last; what a U-Net gives is not."""
+    model = diffusers.UNet2DConditionModel(**TINY | {"up_block_types": ("CrossAttnUpBlock2D", last)}).eval()
+    inputs = example_inputs(model, 2, 16, tokens=7)
+    stock = model(**inputs)[0].stride()
+    assert fastsd.patch(model)(**inputs)[0].stride() == stock
 
 
 @pytest.mark.parametrize("name", NAMES)

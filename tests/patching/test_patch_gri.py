@@ -79,6 +79,9 @@ def test_layers_of_a_level():
     assert {type(model.get_submodule(path)) for path in LEVEL_0} == {FastBlock}
     fastsd.patch(model, gri=fastsd.GRI(4, 2, levels=(1, 0)))
     assert sorted(approximate(model)) == sorted([*LEVEL_0, MIDDLE])
+    # a choice of rules that does not replace what has GRI attention by now
+    fastsd.patch(model, gri=fastsd.GRI(4, 2, levels=(1,)), rules=["resnet_block"])
+    assert approximate(model) == [MIDDLE]
 
 
 def test_levels():

@@ -251,6 +251,12 @@ def test_patched_keeps_what_was_done_inside():
     with fastsd.patched(model):
         fastsd.patch(model, backend="reference")
     assert all(fast(model))
+    model = build()
+    with fastsd.patched(model):
+        fastsd.patch(model.mid_block, backend="reference")
+    kept = [path for path, module in model.named_modules() if type(module).__module__.startswith("fastsd.")]
+    assert kept
+    assert all(path.startswith("mid_block") for path in kept)
 
 
 def test_another_backend_updates():

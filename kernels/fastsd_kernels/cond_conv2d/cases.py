@@ -216,6 +216,7 @@ def bad_samples(device: torch.device | str) -> Iterator[BadSample]:
     yield bad("norm_without_groups", ValueError, ("norm_weight", "num_groups"), norm_weight=x.new_ones(12))
     yield bad("norm_weight_shape", ValueError, ("norm_weight", "11"), num_groups=4, norm_weight=x.new_ones(11))
     yield bad("negative_eps", ValueError, ("eps", "-1"), num_groups=4, eps=-1.0)
+    yield bad("nan_eps", ValueError, ("eps", "nan"), num_groups=4, eps=float("nan"))
     yield bad("activation", ValueError, ("activation", "silu", "'gelu'"), activation="gelu")
     yield bad("strategy", ValueError, ("strategy", "mix_first", "'grouped'"), strategy="grouped")
     yield bad("channel_bias_shape", ValueError, ("channel_bias", "(2, 8)", "(3, 8)"), channel_bias=x.new_ones(3, 8))

@@ -194,6 +194,7 @@ def bad_samples(device: torch.device | str) -> Iterator[BadSample]:
     statistics = {"mean": x.new_ones(2, 3), "rstd": x.new_ones(2, 3)}
     yield bad("mean_shape", ValueError, ("mean", "(2, 4)", "(2, 3)"), num_groups=4, **statistics)
     yield bad("negative_eps", ValueError, ("eps", "-1"), num_groups=4, eps=-1.0)
+    yield bad("nan_eps", ValueError, ("eps", "nan"), num_groups=4, eps=float("nan"))
     yield bad("activation", ValueError, ("activation", "silu", "'gelu'"), activation="gelu")
     yield bad("algorithm", ValueError, ("algorithm", "direct", "'fft'"), algorithm="fft")
     yield bad("bias_shape", ValueError, ("bias", "(8,)", "(12,)"), bias=x.new_ones(12))

@@ -144,5 +144,6 @@ def bad_samples(device: torch.device | str) -> Iterator[BadSample]:
     yield bad("skip_dtype", TypeError, ("skip", "float32", "float16"), skip=x.half())
     yield bad("activation", ValueError, ("activation", "silu", "'gelu'"), activation="gelu")
     yield bad("negative_eps", ValueError, ("eps", "-1"), eps=-1.0)
+    yield bad("nan_eps", ValueError, ("eps", "nan"), eps=float("nan"))
     yield bad("weight_device", ValueError, ("weight", "meta"), weight=torch.ones(12, device="meta"))
     yield bad("backend_name", ValueError, ("backend", "'numpy'"), backend="numpy")

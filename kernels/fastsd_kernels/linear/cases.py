@@ -95,6 +95,9 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("weight_sliced", plain | given | {"weight": _weight(24, 45, **like)[:, 3:43]})
     yield Sample("weight_rows_apart", plain | given | {"weight": _weight(48, 40, **like)[::2]})
     yield Sample("weight_expanded", plain | given | {"weight": _weight(1, 40, **like).expand(24, 40)})
+    # rows an odd number of elements apart, the first of them aligned
+    yield Sample("x_rows_apart", plain | given | {"x": random_tensor((2, 19, 43), **like)[..., :40]})
+    yield Sample("weight_rows_odd", plain | given | {"weight": _weight(24, 43, **like)[:, :40]})
     yield Sample("weight_off_alignment", plain | given | {"weight": random_tensor((961,), **like)[1:].view(24, 40)})
     yield Sample("bias_strided", plain | given | {"bias": random_tensor((48,), **like)[::2]})
 

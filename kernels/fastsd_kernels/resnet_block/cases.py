@@ -181,5 +181,6 @@ def bad_samples(device: torch.device | str) -> Iterator[BadSample]:
     yield bad("bias_shape", ValueError, ("conv2_bias", "(8,)", "(12,)"), conv2_bias=x.new_ones(12))
     yield bad("bias_dtype", TypeError, ("conv1_bias", "floating-point"), conv1_bias=x.new_ones(8).int())
     yield bad("negative_eps", ValueError, ("eps", "-1"), eps=-1.0)
+    yield bad("nan_eps", ValueError, ("eps", "nan"), eps=float("nan"))
     yield bad("device", ValueError, ("conv1_weight", "meta"), conv1_weight=weight.to("meta"))
     yield bad("backend_name", ValueError, ("backend", "'numpy'"), backend="numpy")
