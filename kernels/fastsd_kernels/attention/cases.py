@@ -55,8 +55,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("keys_left_out", 35, 40, batch=2, bias=left_out)
     # whole tiles of them: the first, the second, all but the last, all but one key
     left_out = torch.zeros(5, 130, **like)
-    for row, keys in enumerate((slice(0, 64), slice(64, 128), slice(64, 130), slice(0, 128), slice(0, 129))):
-        left_out[row, keys] = -torch.inf
+    for row, (first, end) in enumerate(((0, 64), (64, 128), (64, 130), (0, 128), (0, 129))):
+        left_out[row, first:end] = -torch.inf
     yield sample("tiles_left_out", 17, 130, heads=1, batch=5, bias=left_out)
     yield sample("own_scale", 20, 20, scale=0.7)
     yield sample("no_scale", 20, 20, scale=0.0)

@@ -91,7 +91,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     near = sample("equal_scores", (8, 8)).kwargs
     yield Sample("equal_scores", near | {"k": near["k"][:, :, :1].expand_as(near["k"])})
     yield Sample("large_values", near | {"v": near["v"] * 1000 + 3000})
-    gated = {"interaction": "gated", "gate": random_tensor((2,), **like, seed=9)}
+    gated: dict[str, Any] = {"interaction": "gated", "gate": random_tensor((2,), **like, seed=9)}
     for name, value in (("nan", torch.nan), ("inf", torch.inf), ("minus_inf", -torch.inf)):
         for of in ("v", "k", "q", "gated_q"):
             if name != "minus_inf" or "q" in of:
