@@ -1,14 +1,21 @@
 """Fixtures of the patching tests."""
 
+import importlib
+import pkgutil
 from typing import ClassVar
 
 import pytest
 
+from fastsd import nn
 from fastsd.nn import frozen, graphs
 from fastsd_kernels.linear import cpu_speed
 from tests.combinations import choose_one_of
 from tests.fixtures import no_gradients, one_thread  # noqa: F401
 from tests.patching.tape import Tape
+
+# These modules keep what classes of diffusers have at their import: it is not to be what a test has put there.
+for _module in pkgutil.iter_modules(nn.__path__):
+    importlib.import_module(f"fastsd.nn.{_module.name}")
 
 # What must hold whichever product linear layers run through: the rows of docs/compatibility.md. `make test` runs each
 # test with one of the two.
