@@ -63,6 +63,8 @@ def test_saved_and_summed_up(recipe, tmp_path, capsys):
     assert gone == (["mid_block"] if recipe == "bk-sdm-small" else [])
     printed = capsys.readouterr()
     assert all(words in printed.out for words in ("mid_block", "up_blocks.3", "saved", "%", str(out)))
+    line = next(line for line in printed.out.splitlines() if line.startswith("saved") and "%" in line)
+    assert line.split()[1] == f"{1 - whole['after']['parameters'] / whole['before']['parameters']:.1%}"
     assert ("fastsd.load" in printed.out) == (recipe == "a-sdm")
     assert printed.err == ""  # no progress bar where there is no terminal
 

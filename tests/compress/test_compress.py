@@ -310,7 +310,8 @@ def layer(block, *indices, attentions=True):
 
 D0, D1, D3, U0, U2, U3 = "down_blocks.0", "down_blocks.1", "down_blocks.3", "up_blocks.0", "up_blocks.2", "up_blocks.3"
 WRONG = [
-    ({"removed": (f"{D0}.resnets.7",)}, r"removed: .*no 'down_blocks.0.resnets.7'"),
+    ({"removed": (f"{D0}.resnets.2",)}, r"removed: .*no 'down_blocks.0.resnets.2'"),
+    ({"removed": (f"{U0}.resnets.3",)}, r"removed: .*no 'up_blocks.0.resnets.3'"),
     ({"removed": ("conv_in",)}, "removed: expected paths such as 'down_blocks.0.resnets.1'.*'conv_in'"),
     ({"removed": "mid_block"}, "removed: expected a list of paths; got 'mid_block'"),
     ({"removed": ("mid_block", "mid_block")}, "each path once; got 'mid_block' twice"),
