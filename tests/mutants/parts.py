@@ -40,11 +40,17 @@ OLD: Parts = {
     **_PACKAGES,
 }
 
-_RUNNERS = {"cpu": "cpu", "cuda": "host", "triton": "interpreter"}
+# what to run of the contract after a change of a backend
+_RUNS = {
+    "cpu": "cpu or ops or schema",
+    "cuda": "host or ops or budgets",
+    "triton": "interpreter or ops or budgets",
+}
 
 
-def _of_op(op: str, more: str = "") -> tuple[str, ...]:
-    return ("tests/contract", f"tests/ops/test_{op}.py", "-k", f"({_WITHIN.get(op, op)}){more}")
+def _of_op(op: str, runs: str = "") -> tuple[str, ...]:
+    words = f"({_WITHIN.get(op, op)})" + (f" and ({runs})" if runs else "")
+    return ("tests/contract", f"tests/ops/test_{op}.py", "-k", words)
 
 
 NEW: Parts = {
