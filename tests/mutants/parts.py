@@ -54,11 +54,7 @@ def _of_op(op: str, runs: str = "") -> tuple[str, ...]:
 
 
 NEW: Parts = {
-    **{
-        f"{op}/{backend}": _of_op(op, f" and ({runner} or ops or budgets)")
-        for op in OPS
-        for backend, runner in _RUNNERS.items()
-    },
+    **{f"{op}/{backend}": _of_op(op, runs) for op in OPS for backend, runs in _RUNS.items()},
     **{op: _of_op(op) for op in OPS},
     **{
         word: ("tests/core", "tests/ops", "tests/contract", "-k", word)
