@@ -42,9 +42,9 @@ OLD: Parts = {
 
 # what to run of the contract after a change of a backend
 _RUNS = {
-    "cpu": "cpu or ops or schema",
-    "cuda": "host or ops or budgets",
-    "triton": "interpreter or ops or budgets",
+    "cpu": "cpu or ops or schema or refusals",
+    "cuda": "host or ops or budgets or refusals or launches",
+    "triton": "interpreter or ops or budgets or refusals or launches",
 }
 
 
