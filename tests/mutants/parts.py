@@ -13,7 +13,16 @@ Parts = dict[str, tuple[str, ...]]
 # packages, and words of the names of their tests: the same in both layouts
 _WORDS = {
     "patching": (
-        *("adapters", "attention or transformer", "containers", "convolution", "copies", "gri", "graphs", "hooks"),
+        *(
+            "adapters",
+            "attention or transformer",
+            "containers or exact",
+            "convolution",
+            "copies",
+            "gri",
+            "graphs",
+            "hooks",
+        ),
         *("refus or report", "text", "verbs"),
     ),
     "compress": ("cond_conv", "measure", "storage", "test_compress or plan"),
