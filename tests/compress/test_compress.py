@@ -345,7 +345,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("plan", "says"), WRONG)
 def test_plans_that_cannot_be(plan, says):
-    unet = build()
+    unet = shared()
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     with pytest.raises(fastsd.PlanError, match=says):
         fastsd.compress(unet, fastsd.Plan(**plan), in_place=True)
