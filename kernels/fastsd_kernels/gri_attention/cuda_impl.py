@@ -116,7 +116,7 @@ def reject(
     # the most that plan() may ask for: tiles of one warp, cells read element by element
     tiles = query_tiles(math.prod(_clipped(window, grid)), 1)
     windows = math.prod(math.ceil(n / w) for n, w in zip(grid, _clipped(window, grid), strict=True))
-    parts = 0 if True else 2 * math.ceil(cell_count(grid, pool) * q.shape[3] / _POOL_THREADS)
+    parts = 0 if pool is None else 2 * math.ceil(cell_count(grid, pool) * q.shape[3] / _POOL_THREADS)
     return attention.reject_blocks(q, max(windows * tiles, parts))
 
 
