@@ -41,6 +41,7 @@ def test_sizes_that_an_upsampling_is_asked_for():
 
 
 @pytest.mark.usefixtures("known_ceilings")
+@pytest.mark.long
 def test_compiled_block_of_a_vae(capsys):
     assert bench("--model", "vae-sd", "--blocks", "ResnetBlock2D 1x512->512x8x8", "--compile") == 0
     assert "compile ms" in capsys.readouterr().out

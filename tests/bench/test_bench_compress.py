@@ -77,6 +77,7 @@ def test_all_take_turns(monkeypatch):
     assert unets[2].conv_in.weight.data_ptr() == unet.conv_in.weight.data_ptr()
 
 
+@pytest.mark.long
 def test_gri_attention_is_held_against_its_reference(monkeypatch):
     right = cpu_attention.run
     monkeypatch.setattr(cpu_attention, "run", lambda *arguments: right(*arguments) * 2)
@@ -99,6 +100,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     assert result["eager"]["saved"] is None
 
 
+@pytest.mark.long
 def test_half_precision_is_held_against_float32():
     unet = torch.nn.Module.to(models.load("small-sd"), torch.bfloat16)
     comparison = compress.compare(unet, ["bk-sdm-tiny"], 1, 24, 1, with_pipeline=False)

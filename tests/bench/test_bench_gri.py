@@ -20,7 +20,7 @@ from fastsd_kernels.gri_attention import op
         ("composition", 4),
         ("composition", 16),
         ("merge", 4),
-        ("flex", 4),
+        pytest.param("flex", 4, marks=pytest.mark.long),
         pytest.param("flex", 16, marks=pytest.mark.long),
     ],
 )

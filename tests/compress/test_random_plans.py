@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import given, seed
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 import fastsd
@@ -104,6 +104,7 @@ def numbers_left(unet, plan):
 
 @pytest.mark.gradients
 @seed(order("plans that suit"))
+@settings(max_examples=settings.default.max_examples // 2)
 @given(compressions())
 def test_plans_that_suit(drawn):
     unet, plan = stock(*drawn[0]), drawn[1]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsd_kernels.dispatch import Op, ops
 from fastsd_kernels.testing import Sample
 from tests.combinations import order
-from tests.runners.protocol import Needs, Runner
+from tests.runners.protocol import Needs, Runner, samples
 
 Value = tuple[str, Any]  # of one factor
 
@@ -54,12 +54,6 @@ class Case:
     @property
     def values(self) -> list[Value]:
         return [("dtype", self.dtype), *self.setting.items()]
-
-
-@functools.cache
-def samples(op: Op, device: str, dtype: torch.dtype) -> dict[str, Sample]:
-    """An op's samples by name, the same tensors for all tests of a process: none may change them."""
-    return {sample.name: sample for sample in op.cases.samples(device, dtype)}
 
 
 def cases(runner: Runner, choose: Callable[[Op, Runner], list[Case]]) -> list[Case]:

@@ -21,7 +21,7 @@ from tests.runners.cpu import CPU
 from tests.runners.host import Host
 
 FULL = "--full" in sys.argv
-VARIANTS = 3  # of each op's kernels, compiled with sanitizers in a run that is not full
+VARIANTS = 1  # of each op's kernels, compiled with sanitizers in a run that is not full
 
 
 def main() -> None:

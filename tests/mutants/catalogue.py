@@ -350,6 +350,15 @@ MUTANTS = (
         "every tile of keys gets the bias of the first",
     ),
     Mutant(
+        "cpu-attention-int32",
+        "cpu",
+        "attention/cpu",
+        f"{_CPU}/attention.h",
+        "data + b * batch + h * head",
+        "data + int(b * batch) + h * head",
+        "items of a batch that lie more than 2³¹ elements apart are read at another place",
+    ),
+    Mutant(
         "cpu-gri-masked-cells",
         "cpu",
         "gri_attention/cpu",

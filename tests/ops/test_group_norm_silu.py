@@ -107,6 +107,7 @@ def test_silu_far_from_zero(layout, size):
     assert y[x < 0].abs().max() <= 2e-33  # 80 exp(-80)
 
 
+@pytest.mark.long
 def test_more_than_2_31_elements():
     elements = 2**31 + 2**20
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

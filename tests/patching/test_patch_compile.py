@@ -37,7 +37,7 @@ class Graphs:
         return [sum(fused_in(node.target, node.args, "norms") for node in nodes) for nodes in graphs if nodes]
 
 
-@pytest.mark.parametrize("name", ["unet", "no_attention_scale_shift", *long("no_attention")])
+@pytest.mark.parametrize("name", ["unet", *long("no_attention_scale_shift", "no_attention")])
 def test_row_10_fullgraph(name):
     model = build(name)
     stock = call(model)

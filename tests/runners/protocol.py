@@ -1,5 +1,6 @@
 """What runs a backend of an op in the tests, and the ways to do so that there are."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -56,6 +57,12 @@ class Runner(Protocol):
 
     def served(self, op: Op, samples: Mapping[str, Sample]) -> dict[str, Needs]:
         """Those of ``samples`` that the backend takes and computes itself, each with what is compiled for it."""
+
+
+@functools.cache
+def samples(op: Op, device: str, dtype: torch.dtype) -> dict[str, Sample]:
+    """An op's samples by name, the same tensors for all tests of a process: none may change them."""
+    return {sample.name: sample for sample in op.cases.samples(device, dtype)}
 
 
 def call(op: Op, sample: Sample, backend: str) -> Tensor:
