@@ -47,6 +47,7 @@ def test_result_file(tmp_path, capsys):
     assert all(name in printed for name in medians)
 
 
+@pytest.mark.long
 def test_peak_memory(tmp_path, capsys):
     # what the parent holds is none of a provider's business
     ballast = torch.ones(200 << 20)
@@ -208,6 +209,7 @@ def test_refused_requests(arguments, says, capsys):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning")
 @torch.no_grad()
+@pytest.mark.long
 def test_openvino():
     tiny = build("small")
     pytest.importorskip("openvino", reason="an extra: pip install .[bench]")
