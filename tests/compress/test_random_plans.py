@@ -66,6 +66,9 @@ def compressions(draw):
                 removed.append(f"{transformer}.transformer_blocks.1")
             if draw(st.integers(0, 3)) == 0:
                 bypassed.append(f"{block}.resnets.{index}")
+    mid, shortened = "mid_block.attentions.0", [path for path in removed if path.endswith(".transformer_blocks.1")]
+    if mid in transformers and any(path.startswith(f"down_blocks.{kept_levels - 1}.") for path in shortened):
+        removed += {f"{mid}.transformer_blocks.1"} - set(shortened)  # stock builds it no deeper than that level
     left = [f"{block}.resnets.{index}" for block, indices in blocks.items() for index in indices]
     convolutions = [f"{path}.{name}" for path in left if path not in bypassed for name in ("conv1", "conv2")]
     experts = {}

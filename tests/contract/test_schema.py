@@ -33,7 +33,7 @@ def test_opcheck(op, name):
     opcheck(getattr(torch.ops.fastsd, op.name), (), sample_of(op, name).kwargs, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize(("op", "name"), _to_trace())
+@pytest.mark.parametrize(("op", "name"), list(_to_trace()))
 def test_traced(op, name):
     opcheck(getattr(torch.ops.fastsd, op.name), (), sample_of(op, name).kwargs, test_utils=TRACED)
 
