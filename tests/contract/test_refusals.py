@@ -132,3 +132,28 @@ def test_missing_packages():
     for triton, cuda in zip(lines[::2], lines[1::2], strict=True):
         assert "pip install triton" in triton
         assert "backend 'cuda' cannot be used: " in cuda
+
+
+# Triton's other kernels have tiles of so many elements that 2³¹ of them fit into no card, as do residual blocks
+LIMITED = [(op, "cuda") for op in ops() if op.name != "resnet_block"] + [
+    (op, "triton") for op in ops() if op.name in ("gri_attention", "attention")
+]
+
+
+@pytest.mark.parametrize(("op", "backend"), LIMITED, ids=lambda given: getattr(given, "name", given))
+def test_more_blocks_than_a_grid_has(op, backend):
+    """Of 2³⁰ + 1 items of a batch, all of them the same memory, which alone are less than a grid has blocks."""
+    samples = covering.samples(op, "cpu", torch.float16)
+    sample = next(sample for name, sample in samples.items() if name.endswith("contiguous"))
+    batch = covering.first_tensor(sample).shape[0]
+    many = {
+        name: value[:1].expand(2**30 + 1, *value.shape[1:])
+        for name, value in sample.kwargs.items()
+        if name in ("x", "q", "k", "v", "alpha", "channel_bias") and isinstance(value, Tensor)
+    }
+    assert all(sample.kwargs[name].shape[0] == batch for name in many)
+    if op.name == "conv2d":
+        many["algorithm"] = "implicit_gemm"
+    with as_a_card(None) if backend == "cuda" else interpreter.as_interpreted():
+        sentence = protocol.refusal(op, Sample("many", sample.kwargs | many), backend) or ""
+    assert "1073741825" in sentence or str(2**31 - 1) in sentence
