@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +45,26 @@ def settings_of(module: nn.Module) -> Settings | None:
     return module.__dict__.get(SETTINGS)
 
 
+def has_class_of_patch(module: nn.Module, settings: Settings) -> bool:
+    """Whether a replaced module still runs the methods of its fast class, which may lie below a mix-in like FSDP2's."""
+    fast, now = settings.rule.replacement_class(), type(module)
+    if now is fast:
+        return True
+    own = (vars(base) for base in fast.__mro__ if issubclass(base, Replacement))
+    methods = {name for each in own for name, value in each.items() if callable(value)}
+    return fast in now.__bases__ and all(getattr(now, name) is getattr(fast, name) for name in methods)
+
+
+def with_class(module: nn.Module, settings: Settings, cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a replaced module with ``cls`` in the place of the fast one, below what was mixed in since."""
+    fast, now = settings.rule.replacement_class(), type(module)
+    if cls is fast or now is fast:
+        return now if cls is fast else cls
+    bases = tuple(cls if base is fast else base for base in now.__bases__)
+    own = {name: value for name, value in vars(now).items() if name not in ("__dict__", "__weakref__", "overridden")}
+    return types.new_class(now.__name__, bases, exec_body=lambda namespace: namespace.update(own))
+
+
 def call_as(self: nn.Module, fast: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """``self(*args, **kwargs)`` by the forward of ``fast``, its class so far: another thread may give it the stock one.
 
@@ -72,7 +93,8 @@ class Replacement(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stock = next(base for base in cls.__mro__[1:] if not issubclass(base, Replacement))
+        modules = [base for base in cls.__mro__[1:] if issubclass(base, nn.Module)]  # not a mix-in
+        stock = next(base for base in modules if not issubclass(base, Replacement))
         fast = [base for base in cls.__mro__ if issubclass(base, Replacement) and base is not Replacement]
         names = {name for base in fast for name in vars(base)}
         cls.overridden = {name: getattr(stock, name) for name in names if callable(getattr(stock, name, None))}

@@ -10,7 +10,7 @@ from fastsd.compress.compression import Compression
 from fastsd.gri import GRI, level_of, levels_of
 from fastsd.nn.graph_calls import takes_timestep
 from fastsd.nn.graphs import MOST, Graphs, give_graphs, graphs_of, has_forward_of_another
-from fastsd.nn.replacement import SETTINGS, Settings, settings_of
+from fastsd.nn.replacement import SETTINGS, Settings, has_class_of_patch, settings_of, with_class
 from fastsd.patching.rule import PatchError, Rule, find_op, select_rules
 from fastsd.patching.rules.gri_attention import GRIRule, gri_rule
 from fastsd.patching.rules.transformer import TRANSFORMER
@@ -203,7 +203,7 @@ def _transformers_anew(changes: Iterable[Change], known: Iterable[Finding]) -> l
 
 def _is_replaced(module: nn.Module) -> bool:
     settings = settings_of(module)
-    return settings is not None and type(module) is settings.rule.replacement_class()
+    return settings is not None and has_class_of_patch(module, settings)
 
 
 def _without_earlier_gri(model: Any, by_module: Container[nn.Module]) -> list[Change]:
@@ -212,8 +212,10 @@ def _without_earlier_gri(model: Any, by_module: Container[nn.Module]) -> list[Ch
     for root in parts_of(model).values():
         for module in root.modules():
             settings = settings_of(module)
-            if settings is not None and isinstance(settings.rule, GRIRule) and module not in by_module:
-                changes.append(Change(module, settings.stock, None))
+            if settings is None or not isinstance(settings.rule, GRIRule) or module in by_module:
+                continue
+            if has_class_of_patch(module, settings):
+                changes.append(_stock_again(module, settings))
     return changes
 
 
@@ -227,12 +229,12 @@ def plan_unpatch(model: Any) -> Plan:
             settings = settings_of(module)
             if settings is None:
                 continue
-            if type(module) is not settings.rule.replacement_class():
+            if not has_class_of_patch(module, settings):
                 raise PatchError(
                     f"{path}: expected the class that patch gave it; got {type(module).__qualname__}: undo what was "
                     "done to the model after patch first"
                 )
-            changes.append(Change(module, settings.stock, None))
+            changes.append(_stock_again(module, settings))
     return Plan(tuple(changes), ())
 
 
@@ -242,9 +244,14 @@ def describe(refused: Iterable[Finding]) -> str:
 
 
 def _change(rule: Rule, module: nn.Module, backend: str | None) -> Change:
-    settings = settings_of(module)
-    stock = type(module) if settings is None else settings.stock
-    return Change(module, rule.replacement_class(), Settings(rule, stock, backend))
+    settings, fast = settings_of(module), rule.replacement_class()
+    if settings is None:
+        return Change(module, fast, Settings(rule, type(module), backend))
+    return Change(module, with_class(module, settings, fast), Settings(rule, settings.stock, backend))
+
+
+def _stock_again(module: nn.Module, settings: Settings) -> Change:
+    return Change(module, with_class(module, settings, settings.stock), None)
 
 
 def _require_backend(rule: Rule, module: nn.Module, backend: str | None) -> None:

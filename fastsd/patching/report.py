@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastsd.nn.graphs import COMPILED, graphs_of
-from fastsd.nn.replacement import settings_of
+from fastsd.nn.replacement import has_class_of_patch, settings_of
 from fastsd.patching.rule import Rule, find_op, registered_rules
 from fastsd.patching.survey import Finding, parts_of, survey
 from fastsd_kernels.dispatch import BackendUnavailable
@@ -162,7 +162,8 @@ def _entry(finding: Finding) -> Entry:
     runs_fast = reason is None
     backends = _backends(rule, module, None if settings is None else settings.backend) if runs_fast else {}
     approximate = runs_fast and rule.approximate
-    return Entry(finding.path, type(module).__name__, settings is not None, rule.name, backends, reason, approximate)
+    replaced = settings is not None and has_class_of_patch(module, settings)
+    return Entry(finding.path, type(module).__name__, replaced, rule.name, backends, reason, approximate)
 
 
 def _backends(rule: Rule, module: nn.Module, backend: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastsd.nn.plain import is_method_of, is_overwritten
-from fastsd.nn.replacement import Settings, active_settings, settings_of
+from fastsd.nn.replacement import Settings, active_settings, has_class_of_patch, settings_of
 from fastsd.patching.rule import Rule
 
 
@@ -94,7 +94,7 @@ def _refusal(module: nn.Module, stock: type[nn.Module], rule: Rule) -> str | Non
     settings = settings_of(module)
     if settings is not None and settings.rule.approximate and active_settings(module) is None:
         return f"a method of {stock.__name__} has been overwritten since"
-    if settings is not None and settings.rule.approximate and type(module) is not settings.rule.replacement_class():
+    if settings is not None and not has_class_of_patch(module, settings):
         return f"its class is {type(module).__module__}.{type(module).__qualname__} by now"
     if settings is None:
         for name in rule.replacement_class().overridden:
