@@ -39,7 +39,7 @@ def ops_of(model):
     "name", ["bk-sdm-tiny", "a-sdm", "vega", *long("bk-sdm-base", "bk-sdm-small", "ssd-1b", *PLANS)]
 )
 def test_as_unpatched_and_nothing_is_left(name):
-    small = trained(fastsd.compress(shared(name), name))
+    small = trained(fastsd.compress(shared(name), PLANS.get(name, name)))
     expected = call(small)
     if name == "a-sdm":
         # patch gives it GRI attention; a window that covers the map is full attention
