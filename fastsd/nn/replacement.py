@@ -58,8 +58,10 @@ def has_class_of_patch(module: nn.Module, settings: Settings) -> bool:
 def with_class(module: nn.Module, settings: Settings, cls: type[nn.Module]) -> type[nn.Module]:
     """The class of a replaced module with ``cls`` in the place of the fast one, below what was mixed in since."""
     fast, now = settings.rule.replacement_class(), type(module)
-    if cls is fast or now is fast:
-        return now if cls is fast else cls
+    if cls is fast:
+        return now
+    if now is fast:
+        return cls
     bases = tuple(cls if base is fast else base for base in now.__bases__)
     own = {name: value for name, value in vars(now).items() if name not in ("__dict__", "__weakref__", "overridden")}
     return types.new_class(now.__name__, bases, exec_body=lambda namespace: namespace.update(own))

@@ -119,7 +119,7 @@ def test_eager_is_the_function_of_the_op(op, monkeypatch, request):
         size = max(value.numel() for value in kwargs.values() if isinstance(value, torch.Tensor))
         kind = tuple(value is None for value in kwargs.values())
         kinds[kind] = min(kinds.get(kind, (size, name)), (size, name))
-    smallest = list(kinds.values())  # case of every set of optional arguments
+    smallest = list(kinds.values())  # the smallest case of every set of optional arguments
     if not request.config.getoption("--full"):
         smallest = [smallest[order(op.name) % len(smallest)]]
     for _, name in smallest:

@@ -12,7 +12,7 @@ BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 
 def swap_forward(module):
-    """As tomesd does: a subclass with a forward of its own, made from the class that is there."""
+    """As tomesd does: a subclass of the present class that overrides forward."""
 
     class Block(type(module)):
         _parent = type(module)

@@ -129,7 +129,7 @@ def test_error_half_way():
 
 
 def test_class_changed_by_something_else():
-    """Its class derives from the fast one and has a forward of its own."""
+    """Its class derives from the fast one and overrides forward."""
     model = fastsd.patch(build())
     block = blocks(model)[2]
     block.__class__ = type("ShardedResnetBlock2D", (FastResnetBlock2D,), {"forward": ResnetBlock2D.forward})
